@@ -1,0 +1,178 @@
+"""GenEval as a reward, for any detector: recipes differ in the detector and the thresholds they name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage.geneval import Judge, Ruling
+from stage.request import Request, parse_request
+from stage.types import (
+    ColorClassifier,
+    Detection,
+    Detections,
+    Detector,
+    NamesClasses,
+    NamesColors,
+    Prompt,
+    Scores,
+)
+
+PARTIAL = ("bounded", "released")
+PARTS = ("partial", "strict", "correct")
+
+
+class GenEvalReward:
+    """Scores images by what a detector finds in them. See `stage.geneval` for what the parts mean.
+
+    A picture that cannot be scored stops the run: a detector that fails, a prompt without usable metadata or
+    one that names what the detector cannot know is an error and never a reward of 0.
+
+    Args:
+        detector: finds the objects. When it says which classes it knows (`NamesClasses`), prompts are held to
+            them.
+        color_classifier: names their colours; null means that the detector does both. Likewise `NamesColors`.
+        partial: `bounded`, in [0, 1], or `released`, the published training reward, which has no lower limit.
+        weights: the parts to report and their weights: any of `partial`, `strict` (`strict_correct`, 0 or 1)
+            and `correct` (the benchmark's verdict, 0 or 1). A part of weight 0 is logged only.
+        threshold, counting_threshold, max_objects, nms_threshold, position_margin: see `stage.geneval.Judge`.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        color_classifier: ColorClassifier | None,
+        partial: str,
+        weights: Mapping[str, float],
+        threshold: float,
+        counting_threshold: float,
+        max_objects: int,
+        nms_threshold: float,
+        position_margin: float,
+    ) -> None:
+        if not isinstance(detector, Detector):
+            raise ValueError(
+                f"detector must have detect(images), got {type(detector).__name__}; see stage.types"
+            )
+        classifier = detector if color_classifier is None else color_classifier
+        if not isinstance(classifier, ColorClassifier):
+            raise ValueError(
+                f"something must name colours: color_classifier is {color_classifier!r} and "
+                f"{type(classifier).__name__} has no colors(image, class_name, objects); give one that has"
+            )
+        if partial not in PARTIAL:
+            raise ValueError(f"partial is one of {', '.join(PARTIAL)}, got {partial!r}; choose one")
+        unknown = [name for name in weights if name not in PARTS]
+        if unknown or not weights:
+            raise ValueError(
+                f"weights name at least one of {', '.join(PARTS)}, got {list(weights)}; choose some"
+            )
+        if not all(math.isfinite(weight) for weight in weights.values()):
+            raise ValueError(f"weights are finite numbers, got {dict(weights)}; use 0 to log a part only")
+        self.detector = detector
+        self.color_classifier = classifier
+        self.partial = partial
+        self.names = tuple(weights)
+        self.weights = tuple(float(weight) for weight in weights.values())
+        self.judge = Judge(threshold, counting_threshold, max_objects, nms_threshold, position_margin)
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Images uint8 `[P, G, H, W, 3]` and P prompts to parts `[P, G, R]` on the same device; R weights.
+
+        Raises:
+            ValueError: the images or a prompt cannot be scored, or the detector or colour classifier fails.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[-1] != 3:
+            raise ValueError(
+                f"images are uint8 [P, G, H, W, 3], got {images.dtype} {tuple(images.shape)}; "
+                f"pass them as the policy decodes them"
+            )
+        if len(prompts) != images.shape[0]:
+            raise ValueError(
+                f"there is one prompt for each group, got {len(prompts)} for {images.shape[0]} groups; pass "
+                f"them in the same order"
+            )
+        requests = [self._request(prompt) for prompt in prompts]
+        pictures = images.flatten(0, 1).cpu().numpy()
+        found = self._detect(pictures)
+        group = images.shape[1]
+        rulings = [self._rule(requests[i // group], pictures[i], found[i]) for i in range(len(pictures))]
+        values = torch.tensor([self._values(ruling) for ruling in rulings], device=images.device)
+        reasons = [_reason(ruling) for ruling in rulings]
+        return Scores(
+            parts=values.float().reshape(*images.shape[:2], len(self.names)),
+            names=self.names,
+            weights=self.weights,
+            reasons=tuple(tuple(reasons[p * group : (p + 1) * group]) for p in range(len(prompts))),
+        )
+
+    def _request(self, prompt: Prompt) -> Request:
+        """What the prompt asks for, if this detector and classifier can tell."""
+        try:
+            request = parse_request(prompt.metadata)
+        except ValueError as error:
+            raise ValueError(f"the prompt {prompt.text!r} cannot be scored: {error}") from error
+        for clause in request.include + request.exclude:
+            if isinstance(self.detector, NamesClasses):
+                _known(prompt, "class", clause.name, self.detector.class_names)
+            if isinstance(self.color_classifier, NamesColors) and clause.color is not None:
+                _known(prompt, "colour", clause.color, self.color_classifier.color_names)
+        return request
+
+    def _detect(self, pictures: np.ndarray) -> Sequence[Detections]:
+        """One mapping of detections for each picture `[N, H, W, 3]`."""
+        detector = type(self.detector).__name__
+        try:
+            found = self.detector.detect(pictures)
+        except Exception as error:
+            raise ValueError(
+                f"every picture must be looked at before it is rewarded, but {detector} failed on "
+                f"{len(pictures)} of shape {pictures.shape[1:]}: {error!r}; repair it, no reward was made up"
+            ) from error
+        if len(found) != len(pictures):
+            raise ValueError(
+                f"a detector returns one mapping for each picture, {detector} gave {len(found)} for "
+                f"{len(pictures)}; repair how it batches"
+            )
+        return found
+
+    def _rule(self, request: Request, picture: np.ndarray, detections: Detections) -> Ruling:
+        def colors(name: str, objects: Sequence[Detection]) -> list[str]:
+            try:
+                return self.color_classifier.colors(picture, name, objects)
+            except Exception as error:
+                raise ValueError(
+                    f"every colour that decides must be looked at, but "
+                    f"{type(self.color_classifier).__name__} failed on {len(objects)} {name!r}: {error!r}; "
+                    f"repair it, no reward was made up"
+                ) from error
+
+        return self.judge.rule(request, detections, colors)
+
+    def _values(self, ruling: Ruling) -> list[float]:
+        """The parts of one picture in the order of `names`."""
+        values = {
+            "partial": ruling.bounded if self.partial == "bounded" else ruling.released,
+            "strict": float(ruling.strict_correct),
+            "correct": float(ruling.correct),
+        }
+        return [values[name] for name in self.names]
+
+
+def _known(prompt: Prompt, kind: str, name: str, known: Sequence[str]) -> None:
+    """Raises ValueError when nothing can tell `name`: every picture would be wrong."""
+    if name not in known:
+        raise ValueError(
+            f"the prompt {prompt.text!r} asks for the {kind} {name!r}, but only {', '.join(known)} can be "
+            f"told; choose prompts that fit the detector and the colour classifier, or the other way round"
+        )
+
+
+def _reason(ruling: Ruling) -> str:
+    if not ruling.strict_reason:
+        return "as asked"
+    return f"{'correct, but not strictly' if ruling.correct else 'wrong'}: {ruling.strict_reason}"

@@ -1,0 +1,160 @@
+"""Frozen records that travel between the rooms of `stage`, and the legend of their shapes.
+
+Legend, used in every docstring of the project:
+
+    P  prompts in a batch on one rank
+    G  images sampled per prompt: the group, always an axis of its own
+    L  image tokens per image, raster order
+    T  prompt tokens, padded
+    V  size of the image codebook
+    C  dimension of a codebook vector
+    R  named parts of a reward
+
+Entropy and KL are in nats, images are uint8 HWC RGB, times are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file.
+
+    `id` identifies the prompt wherever randomness is keyed by it; it does not depend on batch or rank.
+    `metadata` is the line in GenEval's schema (`tag`, `include`, `exclude`, `prompt`).
+    """
+
+    id: int
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Left-padded prompt tokens that end where the first image token begins.
+
+    `ids`, `unconditional_ids` and `mask` are int64 `[P, T]`; `mask` is 1 on real tokens and serves both rows.
+    """
+
+    ids: Tensor
+    unconditional_ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the sampler drew: `tokens` int64 `[P, G, L]` and `logps` `[P, G, L]`.
+
+    `logps` are log-probabilities under the distribution that was sampled (guidance and temperature included).
+    """
+
+    tokens: Tensor
+    logps: Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Teacher-forced `logps` `[P, G, L]` of given tokens and full-vocabulary `entropy` `[P, G, L]`, both in nats."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward found.
+
+    `parts` float32 `[P, G, R]`; `names` and `weights` have length R. A part of weight 0 is logged and never optimised.
+    `reasons[p][g]` says in words why an image got what it got.
+    """
+
+    parts: Tensor
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    reasons: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Everything one update learns from, sampled and scored without gradient.
+
+    Shapes: tokens `[P, G, L]`, codes `[P, G, L, C]`, images uint8 `[P, G, H, W, 3]`, scores.parts `[P, G, R]`.
+    `reference` is None when neither the KL term nor the entropy reward needs one.
+    """
+
+    update: int
+    prompts: tuple[Prompt, ...]
+    prompt_tokens: PromptTokens
+    tokens: Tensor
+    codes: Tensor
+    images: Tensor
+    scores: Scores
+    old: TokenScores
+    reference: TokenScores | None
+    sampled_logps: Tensor
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object found in an image: pixel box `(x0, y0, x1, y1)` and a score in [0, 1]."""
+
+    box: tuple[float, float, float, float]
+    score: float
+
+
+Detections = Mapping[str, Sequence[Detection]]
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Finds objects: uint8 images `[N, H, W, 3]` to one mapping of class name to detections an image."""
+
+    def detect(self, images: np.ndarray) -> list[Detections]: ...
+
+
+@runtime_checkable
+class ColorClassifier(Protocol):
+    """Names the colour of each detected object of one class in one uint8 image `[H, W, 3]`."""
+
+    def colors(self, image: np.ndarray, class_name: str, objects: Sequence[Detection]) -> list[str]: ...
+
+
+@runtime_checkable
+class NamesClasses(Protocol):
+    """A detector that says which classes it can find; a scorer then refuses prompts that name another."""
+
+    class_names: Sequence[str]
+
+
+@runtime_checkable
+class NamesColors(Protocol):
+    """A colour classifier that says which colours it can name; a scorer then refuses prompts that name another."""
+
+    color_names: Sequence[str]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A reward: uint8 images `[P, G, H, W, 3]` and P prompts in, `Scores` out. Raises when it cannot score."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores: ...
+
+
+def map_tensors(record: Any, function: Any) -> Any:
+    """A copy of a frozen record of tensors with `function` applied to each tensor field."""
+    return type(record)(
+        **{
+            name: function(value) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(record).items()
+        }
+    )
