@@ -1,0 +1,278 @@
+"""The policy: transformers' Janus as a distribution over image tokens given a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
+
+from stage.objective.logprobs import token_scores
+from stage.policy.checkpoint import read_checkpoint, resolve_dtype
+from stage.policy.template import Template
+from stage.types import PromptTokens, TokenScores, map_tensors
+
+# Pixels that go through the VQ decoder together. A CPU is fastest while the activations stay in its cache: 64
+# images of 96 pixels took half the time in chunks of 4 to 8 that they took at once. A GPU wants to be filled.
+DECODE_PIXELS = {"cpu": 2**16, "cuda": 2**20}
+
+
+def load_policy(
+    path: str, template: Template, dtype: str, freeze: Sequence[str], gradient_checkpointing: bool
+) -> JanusPolicy:
+    """A policy from a local checkpoint folder, ready to train: what conf/model/*.yaml instantiates.
+
+    Args:
+        path: folder in the transformers layout, or `package://stage/...` for one inside the package.
+        template: words put around every prompt.
+        dtype: type of weights and activations, `float32`, `bfloat16` or `float16`.
+        freeze: modules that are not trained, named as in the checkpoint (`vision_model`, `generation_head`,
+            `language_model.embed_tokens`, `lm_head`).
+        gradient_checkpointing: recompute each layer of the language model in the backward pass.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
+    """
+    checkpoint = read_checkpoint(path, resolve_dtype(dtype))
+    policy = JanusPolicy(checkpoint.model, checkpoint.tokenizer, template, checkpoint.image_processor)
+    policy.freeze(freeze)
+    if gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy
+
+
+class JanusPolicy(nn.Module):
+    """Tokenizes prompts, scores image tokens with gradient, and decodes them to images.
+
+    Attributes:
+        grid: image tokens a side; num_image_tokens: L = grid², codebook_size: V, image_size: pixels a side.
+    """
+
+    def __init__(
+        self,
+        model: JanusForConditionalGeneration,
+        tokenizer: Any,
+        template: Template,
+        image_processor: Any | None = None,
+    ) -> None:
+        """`image_processor` None stands for the one of Janus-Pro: pixels in [-1, 1], mean and std 0.5.
+
+        Raises ValueError where the model's own numbers contradict each other, or for attention dropout: the
+        sampler has none, so sampled and replayed log-probabilities would differ.
+        """
+        super().__init__()
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        config: Any = model.config
+        vq, vision, text = config.vq_config, config.vision_config, config.text_config
+        self.grid: int = model.model.vqmodel.quantize.quant_state_dims[0]
+        self.num_image_tokens: int = self.grid**2
+        self.codebook_size: int = vq.num_embeddings
+        self.image_size: int = self.grid * 2 ** (len(vq.channel_multiplier) - 1)
+        self.image_processor = image_processor or JanusImageProcessor(
+            size={"height": self.image_size, "width": self.image_size},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        self.bos_token_id: int = self._special_token("bos_token_id")
+        self.pad_token_id: int = self._special_token("pad_token_id")
+        if vision.num_image_tokens != self.num_image_tokens:
+            raise ValueError(
+                f"num_image_tokens must be the square of the VQ grid; got "
+                f"{vision.num_image_tokens} and {self.grid} x {self.grid}. Correct config.json."
+            )
+        if text.attention_dropout != 0:
+            raise ValueError(
+                f"the language model must have no attention dropout; got {text.attention_dropout}. "
+                "Set text_config.attention_dropout to 0 in config.json."
+            )
+
+    def _special_token(self, name: str) -> int:
+        # The generation config comes first: it is what transformers' generate builds unconditional rows with.
+        found = getattr(self.model.generation_config, name), getattr(self.tokenizer, name)
+        given = [token for token in found if token is not None]
+        if not given:
+            raise ValueError(
+                f"unconditional rows need {name}; neither the generation config nor the tokenizer has one. "
+                "Add it to generation_config.json."
+            )
+        return given[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def language_model(self) -> LlamaModel:
+        """The Llama without its text head, which image tokens do not need."""
+        return self.model.model.language_model
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Stop the gradient of whole modules, named as in the checkpoint with the leading `model.` optional.
+
+        A tied `lm_head` is the text embedding and trains or freezes under that name alone.
+
+        Raises ValueError for a name that is no module of the model.
+        """
+        modules = dict(self.model.named_modules())
+        parameters = dict(self.model.named_parameters())  # lists a shared tensor once, under its first name
+        for name in names:
+            full = name if name in modules else f"model.{name}"
+            if full not in modules or not name:
+                children = ", ".join(child for child, _ in self.model.model.named_children())
+                raise ValueError(
+                    f"freeze must name modules of the model; got {name!r}. The largest are: {children}, lm_head."
+                )
+            for key, parameter in parameters.items():
+                if key.startswith(f"{full}."):
+                    parameter.requires_grad_(False)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations of the language model, which transformers does only in training mode."""
+        model: Any = self.language_model
+        # transformers 5.23 has the second name and warns at the first, 5.17 knows only the first.
+        names = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        enable = getattr(model, names[1], None) or getattr(model, names[0])
+        enable({"use_reentrant": False})
+        model.train()
+
+    def tokenize(self, texts: Sequence[str]) -> PromptTokens:
+        """P prompts to left-padded tokens `[P, T]` on the model's device, ending in the image start token.
+
+        Unconditional rows keep bos and the image start token and hold padding elsewhere, under the same mask as
+        the conditional row (transformers: JanusForConditionalGeneration.generate).
+
+        Raises ValueError if the tokenizer does not keep the image start token whole and last.
+        """
+        rendered = [self.template.render(text, self.tokenizer.boi_token) for text in texts]
+        batch = self.tokenizer(rendered, padding=True, padding_side="left", return_tensors="pt")
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        start = self.tokenizer.boi_token_id
+        if not bool((ids[:, -1] == start).all()):
+            raise ValueError(
+                f"prompt tokens must end in the image start token {start}; got {ids[:, -1].tolist()}. "
+                "Use a tokenizer that adds nothing after the text."
+            )
+        unconditional = ids.masked_fill((ids != self.bos_token_id) & (ids != start), self.pad_token_id)
+        return PromptTokens(*(part.to(self.device) for part in (ids, unconditional, mask)))
+
+    @staticmethod
+    def position_ids(mask: Tensor) -> Tensor:
+        """Positions `[R, S]` of a left-padded mask `[R, S]`: 0 at the first real token, whatever the padding."""
+        return (mask.cumsum(1) - 1).clamp(min=0)
+
+    def prompt_rows(self, prompt: PromptTokens, guidance_scale: float) -> tuple[Tensor, Tensor]:
+        """Embeddings `[R, T, D]` and mask `[R, T]` of the prompt rows.
+
+        R is P at guidance 1; above, R is 2P with the conditional rows first. Below 1 it raises ValueError.
+        """
+        if not guidance_scale >= 1:
+            raise ValueError(
+                f"guidance_scale must be at least 1, where 1 is no guidance; got {guidance_scale}. "
+                "Set 1.0 for the conditional distribution."
+            )
+        if guidance_scale == 1:
+            ids, mask = prompt.ids, prompt.mask
+        else:
+            ids, mask = torch.cat([prompt.ids, prompt.unconditional_ids]), prompt.mask.repeat(2, 1)
+        return self.model.get_input_embeddings()(ids), mask
+
+    def head_features(self, hidden: Tensor, guidance_scale: float) -> Tensor:
+        """Input of the last image head layer, guided: `[R, ..., D]` to `[R, ..., D]`, or `[R/2, ..., D]` above 1.
+
+        Guidance is u + s (c - u) of conditional and unconditional logits. The last layer is affine, and the
+        weights s and 1 - s add to one, so guiding its input gives the same logits for half the work.
+        """
+        head = self.model.model.generation_head
+        features = head.activation_fn(head.proj_out(hidden))
+        if guidance_scale == 1:
+            return features
+        conditional, unconditional = features.float().chunk(2)
+        return torch.lerp(unconditional, conditional, guidance_scale).to(features.dtype)
+
+    @torch.no_grad()
+    def image_embeddings(self) -> Tensor:
+        """What the language model reads for each of the V image tokens: `[V, D]`."""
+        return self.model.prepare_embeddings_for_image_generation(
+            torch.arange(self.codebook_size, device=self.device)
+        )
+
+    def image_logits(self, hidden: Tensor, guidance_scale: float) -> Tensor:
+        """Guided logits `[R, ..., V]` of hidden states `[R, ..., D]`; above guidance 1 `[R/2, ..., V]`."""
+        return self.model.model.generation_head.vision_head(self.head_features(hidden, guidance_scale))
+
+    def score(
+        self, prompt: PromptTokens, tokens: Tensor, *, guidance_scale: float, temperature: float
+    ) -> TokenScores:
+        """Teacher-forced scores of `tokens` `[P, G, L]`: logps `[P, G, L]` with gradient, entropy without.
+
+        Both are of softmax(logits / temperature), where logits are conditional at `guidance_scale` 1 (no
+        unconditional row is computed) and guided above.
+
+        Raises ValueError for a guidance scale below 1, a temperature that is not positive, or tokens of another
+        number of prompts or image tokens.
+        """
+        if not temperature > 0:
+            raise ValueError(
+                f"temperature must be positive to score tokens; got {temperature}. Set 1.0 for the model's own."
+            )
+        prompts, group, length = self._check_tokens(tokens)
+        if len(prompt.ids) != prompts:
+            raise ValueError(
+                f"tokens must be images of these {len(prompt.ids)} prompts; got {list(tokens.shape)}. "
+                "Slice prompts and tokens alike."
+            )
+        text, mask = self.prompt_rows(prompt, guidance_scale)
+        image = self.model.prepare_embeddings_for_image_generation(tokens.flatten(0, 1)[:, :-1])
+        sides = text.shape[0] // prompts
+        inputs = torch.cat([text.repeat_interleave(group, 0), image.repeat(sides, 1, 1)], dim=1)
+        mask = F.pad(mask.repeat_interleave(group, 0), (0, length - 1), value=1)
+        hidden = self.language_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=self.position_ids(mask), use_cache=False
+        ).last_hidden_state[:, text.shape[1] - 1 :]
+        scores = token_scores(self.image_logits(hidden, guidance_scale), tokens.flatten(0, 1), temperature)
+        return map_tensors(scores, lambda part: part.unflatten(0, (prompts, group)))
+
+    forward = score
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens `[P, G, L]` to uint8 images `[P, G, H, W, 3]`, with the arithmetic of the processor's postprocess.
+
+        The VQ model gives pixels x; the image is the integer part of 255 (x std + mean), clipped to [0, 255].
+        """
+        prompts, group, _ = self._check_tokens(tokens)
+        chunk = max(1, DECODE_PIXELS.get(tokens.device.type, 2**20) // self.image_size**2)
+        images = [self._decode(part) for part in tokens.flatten(0, 1).split(chunk)]
+        return torch.cat(images).unflatten(0, (prompts, group))
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        vq = self.model.model.vqmodel
+        latent = vq.quantize.get_codebook_entry(tokens)
+        pixels = vq.decoder(vq.post_quant_conv(latent)).float().permute(0, 2, 3, 1)
+        mean = pixels.new_tensor(self.image_processor.image_mean)
+        std = pixels.new_tensor(self.image_processor.image_std)
+        return ((pixels * std + mean) * 255).clamp(0, 255).to(torch.uint8)
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Unit codebook vectors `[P, G, L, C]` of tokens `[P, G, L]`, float32, as the VQ decoder sees them."""
+        codebook = self.model.model.vqmodel.quantize.embedding.weight.detach()
+        return F.normalize(codebook.float(), dim=-1)[tokens]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, configs, tokenizer and processor in the transformers layout that `load_policy` reads."""
+        self.model.save_pretrained(folder)
+        JanusProcessor(
+            self.image_processor, self.tokenizer, num_image_tokens=self.num_image_tokens
+        ).save_pretrained(folder)
+
+    def _check_tokens(self, tokens: Tensor) -> tuple[int, int, int]:
+        if tokens.ndim != 3 or tokens.shape[2] != self.num_image_tokens:
+            raise ValueError(
+                f"tokens must be [prompts, group, {self.num_image_tokens}]; got {list(tokens.shape)}. "
+                "Pass whole images, with the group as an axis of its own."
+            )
+        return tokens.shape[0], tokens.shape[1], tokens.shape[2]
