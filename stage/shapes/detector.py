@@ -1,8 +1,9 @@
 """The judge of the embedded world: a small convolutional network that finds shapes and names their colours.
 
-It answers for every 4 x 4 pixel cell: is the centre of a circle, a square, ... here, which colour has it, how large is it
-(the idea of centre points as objects is CenterNet's, arXiv 1904.07850). Pretraining shows it clean, blurred and decoded
-pictures of all combinations, and half-erased or spliced shapes as "nothing", so that a mangled object does not count.
+It answers for every 4 x 4 pixel cell: is the centre of a circle, a square, ... here, which colour has it, how large
+is it (the idea of centre points as objects is CenterNet's, arXiv 1904.07850). Pretraining shows it clean, blurred and
+decoded pictures of all combinations, and half-erased or spliced shapes as "nothing", so that a mangled object does
+not count.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from stage.shapes.scenes import CLASSES, COLORS
 from stage.types import Detection, Detections
 
 STRIDE = 4
-HEADS = (len(CLASSES), len(COLORS), 4)  # centre, colour, and box as distances to left, top, right, bottom in pixels
+HEADS = (
+    len(CLASSES),
+    len(COLORS),
+    4,
+)  # centre, colour, and box as distances to left, top, right, bottom in pixels
 
 
 class ShapeNet(nn.Module):
@@ -63,7 +68,9 @@ class ShapeDetector:
 
     def __init__(self, weights: str, threshold: float, device: str = "cpu") -> None:
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold must lie between 0 and 1, got {threshold}; 0.4 is the measured default")
+            raise ValueError(
+                f"threshold must lie between 0 and 1, got {threshold}; 0.4 is the measured default"
+            )
         self.threshold = threshold
         self.device = torch.device(device)
         self.net = _load(resolve(weights)).to(self.device)
@@ -107,7 +114,9 @@ class ShapeDetector:
         peak = F.max_pool2d(best[None], 3, stride=1, padding=1)[0] == best
         rows, columns = (peak & (best >= self.threshold)).nonzero(as_tuple=True)
         found: dict[str, list[Detection]] = {}
-        for y, x in sorted(zip(rows.tolist(), columns.tolist(), strict=True), key=lambda at: -float(best[at])):
+        for y, x in sorted(
+            zip(rows.tolist(), columns.tolist(), strict=True), key=lambda at: -float(best[at])
+        ):
             left, top, right, bottom = box[:, y, x].tolist()
             cx, cy = (x + 0.5) * STRIDE, (y + 0.5) * STRIDE
             corners = (cx - left, cy - top, cx + right, cy + bottom)

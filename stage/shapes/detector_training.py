@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from stage.shapes.detector import STRIDE, ShapeNet
 from stage.shapes.scenes import CLASSES, COLORS, MAX_OBJECTS, Scenes, World, dress, place, render
-from stage.shapes.steps import resumable
+from stage.shapes.steps import Stateful, resumable
 
 
 def any_scenes(count: int, world: World, generator: torch.Generator, device: torch.device) -> Scenes:
@@ -56,7 +56,8 @@ def targets(scenes: Scenes, world: World) -> tuple[Tensor, Tensor, Tensor, Tenso
 def spoil(images: Tensor, scenes: Scenes, world: World, generator: torch.Generator) -> tuple[Tensor, Scenes]:
     """Erases half of some objects, or splices two halves: such an object is no longer there.
 
-    Each object is spoilt with probability 0.08. A half is replaced by the background, or by the same half of another picture.
+    Each object is spoilt with probability 0.08. A half is replaced by the background, or by the same
+    half of another picture.
     """
     device, count = images.device, len(images)
     hit = (torch.rand(scenes.present.shape, generator=generator, device=device) < 0.08) & scenes.present
@@ -123,7 +124,11 @@ def train_detector(
         loose = World(world.size, world.patch, (5.5, 7.5), jitter=1.5 if i % 2 else 5.0)
         scenes = any_scenes(batch, loose, generator, device)
         images, scenes = spoil(render(scenes, loose), scenes, world, generator)
-        images = (images, blurred(images, generator), decode(images))[i % 3] if i % 2 else blurred(images, generator)
+        images = (
+            (images, blurred(images, generator), decode(images))[i % 3]
+            if i % 2
+            else blurred(images, generator)
+        )
         value = loss(net, images, scenes, world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -131,6 +136,6 @@ def train_detector(
         schedule.step()
         return {"loss": value.detach()}
 
-    parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Stateful] = {"net": net, "optimizer": optimizer, "schedule": schedule}
     resumable("detector", folder, steps, parts, generator, step, "net")
     net.eval()

@@ -14,10 +14,11 @@ from transformers import JanusForConditionalGeneration
 from stage.shapes.corpus import Captions, sample
 from stage.shapes.prompts import TASKS
 from stage.shapes.scenes import World, render
-from stage.shapes.steps import resumable
+from stage.shapes.steps import Stateful, resumable
 from stage.shapes.tiny import BEGIN, BOI, PAD
 from stage.shapes.vq import encode
 
+CHUNK = 4096  # scenes encoded together
 CAPTION_DROPOUT = 0.1  # captions replaced by padding, so that guidance has an unconditional model
 
 
@@ -31,19 +32,24 @@ class Bank:
     @classmethod
     @torch.no_grad()
     def draw(
-        cls, model: JanusForConditionalGeneration, captions: Captions, world: World, noise: float, size: int, generator: torch.Generator
+        cls,
+        model: JanusForConditionalGeneration,
+        captions: Captions,
+        world: World,
+        noise: float,
+        size: int,
+        generator: torch.Generator,
     ) -> Bank:
         """`size` fresh scenes, tasks in equal shares, `noise` of them at odds with their caption."""
         device = captions.count.device
         by_task = [(captions.task == task).nonzero()[:, 0] for task in range(len(TASKS))]
-        chunk = 4096
         drawn, tokens = [], []
-        for _ in range(-(-size // chunk)):
+        for _ in range(-(-size // CHUNK)):
             picked = [
-                pool[torch.randint(len(pool), (chunk // len(TASKS) + 1,), generator=generator, device=device)]
+                pool[torch.randint(len(pool), (CHUNK // len(TASKS) + 1,), generator=generator, device=device)]
                 for pool in by_task
             ]
-            index = torch.cat(picked)[:chunk]
+            index = torch.cat(picked)[:CHUNK]
             scenes, _ = sample(captions, index, noise, world, generator)
             drawn.append(index)
             tokens.append(encode(model.model.vqmodel, render(scenes, world)).to(torch.int16))
@@ -81,13 +87,13 @@ def train_language(
         schedule.step()
         return {"loss": value.detach()}
 
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     resumable("language", folder, steps, parts, generator, step, "model")
     model.eval()
 
 
 def drop_caption(ids: Tensor, dropped: Tensor) -> Tensor:
-    """Replaces the caption by padding where `dropped` `[N, 1]`, keeping the begin and image start tokens in their place.
+    """Replaces the caption by padding where `dropped` `[N, 1]`; begin and image start tokens stay in their place.
 
     These are the unconditional rows of guidance, as transformers' Janus builds them.
     """

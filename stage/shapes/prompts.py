@@ -1,7 +1,8 @@
 """The prompts of the embedded world: GenEval's six tasks in its exact metadata schema, in three splits.
 
-Prompts whose class-colour or class-pair combination is reserved form the held-out split: neither pretraining nor training
-ever shows or names such a combination. Of the others, some texts are kept for validation; the rest is the corpus.
+Prompts whose class-colour or class-pair combination is reserved form the held-out split: neither pretraining nor
+training ever shows or names such a combination. Of the others, some texts are kept for validation; the rest is the
+corpus.
 
     python -m stage.shapes.prompts        writes assets/train.jsonl, validation.jsonl, heldout.jsonl
 """
@@ -36,7 +37,9 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _line(tag: str, medium: str, content: str, include: list[Line], exclude: list[Line] | None = None) -> Line:
+def _line(
+    tag: str, medium: str, content: str, include: list[Line], exclude: list[Line] | None = None
+) -> Line:
     line: Line = {"tag": tag, "include": include}
     if exclude:
         line["exclude"] = exclude
@@ -107,7 +110,9 @@ def _shuffle_key(line: Line) -> bytes:
     return hashlib.blake2b(line["prompt"].encode(), digest_size=8).digest()
 
 
-def splits(validation_per_task: int = 24, heldout_per_task: int = 24, train_per_task: int = 300) -> dict[str, list[Line]]:
+def splits(
+    validation_per_task: int = 24, heldout_per_task: int = 24, train_per_task: int = 300
+) -> dict[str, list[Line]]:
     """All prompts by split: `corpus` (pretraining), `train` (its first lines by task), `validation`, `heldout`.
 
     The held-out split has the four tasks that name a colour or a pair; the other two name neither.

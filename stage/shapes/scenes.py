@@ -1,8 +1,8 @@
 """Flat shapes on plain backgrounds: a scene as tensors, and its picture.
 
-A batch of N scenes is a handful of tensors, so that hundreds of thousands can be drawn on a GPU in seconds (a Python loop
-over scenes was the bottleneck of pretraining). Objects sit near the centres of the patches that become image tokens: one
-object is about one token, which is what gives a policy gradient something to hold on to.
+A batch of N scenes is a handful of tensors, so that hundreds of thousands can be drawn on a GPU in seconds (a Python
+loop over scenes was the bottleneck of pretraining). Objects sit near the centres of the patches that become image
+tokens: one object is about one token, which is what gives a policy gradient something to hold on to.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAX_OBJECTS = 4
 
 @dataclass(frozen=True)
 class World:
-    """Geometry in pixels. `size` is a multiple of `patch`; an object's radius and its offset from a patch centre vary."""
+    """Geometry in pixels: `size` is a multiple of `patch`; radius and offset from a patch centre vary."""
 
     size: int = 96
     patch: int = 16
@@ -133,7 +133,7 @@ def place(count: int, objects: int, world: World, generator: torch.Generator, de
     """Cells `[count, objects]` (row * grid + column), no two of one scene touching, not even at a corner.
 
     Rejection from 24 candidates a scene; a scene whose candidates all fail keeps its best one, drawn with objects that
-    touch (fewer than 1 in 10,000 at four objects on a 6 x 6 grid).
+    touch (about 1 in 1,000 at four objects on a 6 x 6 grid).
     """
     grid = world.grid
     cells = torch.randint(grid * grid, (count, 24, objects), generator=generator, device=device)

@@ -32,7 +32,8 @@ def resumable(
     """Calls `step(i)` for i up to `steps`, saving everything to `folder/name.pt` every `every` steps and at the end.
 
     Run again it continues where the last save was, with the generator's state, so that the result does not depend on
-    interruptions. The last save holds the part named `result` alone. Prints the values that `step` returns, and the time left.
+    interruptions. The last save holds the part named `result` alone. Prints the values that `step`
+    returns, and the time left.
     """
     path = folder / f"{name}.pt"
     start = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GenerationConfig,
@@ -63,7 +62,9 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(world: World, vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 6) -> JanusConfig:
+def build_config(
+    world: World, vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 6
+) -> JanusConfig:
     """Sizes of the tiny Janus. The vision tower is a stub: it exists so that the model is a whole Janus."""
     return JanusConfig(
         text_config=LlamaConfig(
@@ -120,5 +121,5 @@ def save(model: JanusForConditionalGeneration, processor: JanusProcessor, folder
         guidance_scale=5.0,
         generation_kwargs={"boi_token_id": BOI},
     )
-    model.to(torch.float16).save_pretrained(folder, max_shard_size="12MB")
+    model.half().save_pretrained(folder, max_shard_size="12MB")
     processor.save_pretrained(folder)

@@ -12,7 +12,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from stage.shapes.corpus import crowded
 from stage.shapes.scenes import World, render
-from stage.shapes.steps import resumable
+from stage.shapes.steps import Stateful, resumable
 
 RATE = 8e-4
 
@@ -41,11 +41,15 @@ def encode(model: JanusVQVAE, images: Tensor) -> Tensor:
 
 
 class Codebook(torch.nn.Module):
-    """Unit codes learnt as running means of the latents they attract (VQ-VAE's EMA update, arXiv 1711.00937, appendix A.1).
+    """Unit codes learnt as running means of the latents they attract (VQ-VAE, arXiv 1711.00937, appendix A.1).
 
-    Three trials with a codebook trained by gradient from the first step collapsed to one code; so the model first learns
-    to paint from continuous latents, and the codes then start on latents of real pictures.
+    A codebook trained by gradient from the first step collapsed to one code; so the model first learns to paint from
+    continuous latents, and the codes then start on latents of real pictures.
     """
+
+    weight: Tensor
+    mean: Tensor
+    share: Tensor
 
     def __init__(self, codes: int, dimension: int) -> None:
         super().__init__()
@@ -86,72 +90,99 @@ class Codebook(torch.nn.Module):
         return torch.multinomial(chance, len(self.share), replacement=True, generator=generator)
 
 
-def train_vq(
-    model: JanusVQVAE, world: World, folder: Path, steps: int, batch: int, generator: torch.Generator
-) -> None:
-    """L1 + 2 L2, objects and their rim weighted six times; the first sixth without quantisation, see `Codebook`."""
-    model.train().to(memory_format=torch.channels_last)
-    device = next(model.parameters()).device
-    codebook = Codebook(*model.quantize.embedding.weight.shape).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.05)
-    warm = steps // 6
-    # Compiled, a step takes a third of the time; on a CPU the compiler would take longer than a trial.
-    encoder = torch.compile(model.encoder) if device.type == "cuda" else model.encoder
-    decoder = torch.compile(model.decoder) if device.type == "cuda" else model.decoder
+class VQTraining:
+    """The state of training: L1 + 2 L2 with objects and their rim weighted six times.
 
-    def draw() -> tuple[Tensor, Tensor]:
-        scenes = crowded(batch, 8, world, generator, device)
-        pixels = to_pixels(render(scenes, world)).contiguous(memory_format=torch.channels_last)
+    The first sixth of the steps runs without quantisation, see `Codebook`.
+    """
+
+    def __init__(
+        self, model: JanusVQVAE, world: World, steps: int, batch: int, generator: torch.Generator
+    ) -> None:
+        self.model = model.train().to(memory_format=torch.channels_last)
+        self.world, self.batch, self.generator, self.warm = world, batch, generator, steps // 6
+        self.device = next(model.parameters()).device
+        self.codebook = Codebook(*model.quantize.embedding.weight.shape).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, RATE, total_steps=steps + 1, pct_start=0.05
+        )
+        # Compiled, a step takes two thirds of the time; on a CPU the compiler would take longer than a trial.
+        compiled = self.device.type == "cuda"
+        self.encoder = torch.compile(model.encoder) if compiled else model.encoder
+        self.decoder = torch.compile(model.decoder) if compiled else model.decoder
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Pixels `[N, 3, H, W]` of fresh scenes, and where their ink and its rim are, float `[N, 1, H, W]`."""
+        scenes = crowded(self.batch, 8, self.world, self.generator, self.device)
+        pixels = to_pixels(render(scenes, self.world)).contiguous(memory_format=torch.channels_last)
         background = scenes.background[:, :, None, None] / 127.5 - 1
         ink = ((pixels - background).abs().amax(dim=1, keepdim=True) > 0.05).float()
         # The rim counts as ink: what tells a diamond from a circle is the background at its corners.
         return pixels, F.max_pool2d(ink, 7, stride=1, padding=3)
 
-    def look(pixels: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
-        latents = F.normalize(model.quant_conv(through(pixels)).float(), dim=1)
+    def look(self, pixels: Tensor, encoder: Callable[[Tensor], Tensor]) -> Tensor:
+        """Unit latents `[N * g * g, C]`."""
+        latents = F.normalize(self.model.quant_conv(encoder(pixels)).float(), dim=1)
         return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
-    def place_codes() -> None:
-        # Most patches are plain background: objects get the larger part of the codes.
+    def place_codes(self) -> None:
+        """Starts the codebook. Most patches are plain background: objects get the larger part of the codes."""
         found = []
         for _ in range(16):
-            pixels, ink = draw()
-            inked = F.avg_pool2d(ink, world.patch).flatten() > 0.5
-            chosen = inked | (torch.rand(inked.shape, generator=generator, device=device) < 0.1)
+            pixels, ink = self.draw()
+            inked = F.avg_pool2d(ink, self.world.patch).flatten() > 0.5
+            chosen = inked | (torch.rand(inked.shape, generator=self.generator, device=self.device) < 0.1)
             with torch.no_grad():
-                found.append(look(pixels, model.encoder)[chosen])
-        codebook.start(torch.cat(found), generator)
+                found.append(self.look(pixels, self.model.encoder)[chosen])
+        self.codebook.start(torch.cat(found), self.generator)
 
-    def step(i: int) -> Mapping[str, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            if i == warm:
-                place_codes()
-            pixels, ink = draw()
-            latents = look(pixels, encoder)
-            with torch.autocast(device.type, enabled=False):
-                nearness, index = (latents.detach() @ codebook.weight.T).max(dim=1)
-            codes = codebook.weight[index]
-            if i < warm:
-                noise = 0.15 * torch.randn(latents.shape, generator=generator, device=device)
-                given = F.normalize(latents + noise, dim=1)
-            else:
-                codebook.follow(latents.detach(), index, 1 - nearness, generator)
-                given = latents + (codes - latents).detach()
-            given = given.view(batch, world.grid, world.grid, -1).permute(0, 3, 1, 2)
-            output = decoder(model.post_quant_conv(given)).float()
+    def quantize(self, latents: Tensor, warm: bool) -> tuple[Tensor, Tensor]:
+        """What the decoder is given for `latents` `[M, C]`, and the nearest codes, both `[M, C]`."""
+        with torch.autocast(self.device.type, enabled=False):
+            nearness, index = (latents.detach() @ self.codebook.weight.T).max(dim=1)
+        codes = self.codebook.weight[index]
+        if warm:
+            noise = 0.15 * torch.randn(latents.shape, generator=self.generator, device=self.device)
+            return F.normalize(latents + noise, dim=1), codes
+        self.codebook.follow(latents.detach(), index, 1 - nearness, self.generator)
+        return latents + (codes - latents).detach(), codes
+
+    def step(self, i: int) -> Mapping[str, Tensor]:
+        """One update of the model and its codebook."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            if i == self.warm:
+                self.place_codes()
+            pixels, ink = self.draw()
+            latents = self.look(pixels, self.encoder)
+            given, codes = self.quantize(latents, i < self.warm)
+            given = given.view(self.batch, self.world.grid, self.world.grid, -1).permute(0, 3, 1, 2)
+            output = self.decoder(self.model.post_quant_conv(given)).float()
         error = output - pixels
         fit = ((1 + 5 * ink) * (error.abs() + 2 * error.square())).mean()
         commitment = (latents - codes).square().sum(dim=1).mean()
-        optimizer.zero_grad(set_to_none=True)
-        (fit + (0.1 * commitment if i >= warm else 0)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        model.quantize.embedding.weight.data.copy_(codebook.weight)
-        alive = (codebook.share > 2e-5).float().mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        (fit + (0.1 * commitment if i >= self.warm else 0)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.model.quantize.embedding.weight.data.copy_(self.codebook.weight)
+        alive = (self.codebook.share > 2e-5).float().mean()
         return {"loss": fit.detach(), "commitment": commitment.detach(), "codes_used": alive}
 
-    parts = {"model": model, "codebook": codebook, "optimizer": optimizer, "schedule": schedule}
-    resumable("vq", folder, steps, parts, generator, step, "model")
+
+def train_vq(
+    model: JanusVQVAE, world: World, folder: Path, steps: int, batch: int, generator: torch.Generator
+) -> None:
+    """Trains `model` in place on crowded scenes."""
+    work = VQTraining(model, world, steps, batch, generator)
+    parts: dict[str, Stateful] = {
+        "model": model,
+        "codebook": work.codebook,
+        "optimizer": work.optimizer,
+        "schedule": work.schedule,
+    }
+    resumable("vq", folder, steps, parts, generator, work.step, "model")
     model.eval().to(memory_format=torch.contiguous_format)
