@@ -1,0 +1,160 @@
+"""Images on disk between the two stages of an evaluation: drawing and scoring.
+
+    FOLDER/settings.json     what the images depend on: checkpoint hash, sampler, template, seed, ...
+    FOLDER/manifest.jsonl    one planned image a line: file, prompt, prompt id, metadata, sample index, seed, checkpoint
+    FOLDER/images/00003_1.png    line 3 of the prompt file, sample 1
+
+The manifest is written before the first image, and an image appears under its name only when its bytes are
+complete. So a picture that exists is finished, whatever was killed when, and any process can see what is left to do.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from stage.types import Prompt
+
+SETTINGS = "settings.json"
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One line of the manifest: the image `file` (relative to the folder) and everything that identifies it."""
+
+    file: str
+    index: int
+    prompt: str
+    prompt_id: int
+    sample: int
+    seed: int
+    checkpoint: str
+    metadata: Mapping[str, Any]
+
+
+class ImageFolder:
+    """The images of one model on one split.
+
+    Opening compares `settings` and the plan with what is already there: where they agree the work goes on where it
+    stopped. More or fewer images of a prompt are no contradiction, so a quick look with one of each can be extended.
+
+    Args:
+        folder: where settings, manifest and images lie; created when missing.
+        settings: plain values the images depend on; must hold `seed` and `checkpoint`.
+        prompts: the prompts of the split, in file order.
+        images_per_prompt: samples 0 to images_per_prompt - 1 are planned for each prompt.
+
+    Raises ValueError when the folder holds images of other settings or prompts.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], images_per_prompt: int
+    ) -> None:
+        self.folder = folder
+        self.planned = tuple(
+            Planned(
+                file=f"images/{index:05d}_{sample}.png",
+                index=index,
+                prompt=prompt.text,
+                prompt_id=prompt.id,
+                sample=sample,
+                seed=settings["seed"],
+                checkpoint=settings["checkpoint"],
+                metadata=dict(prompt.metadata),
+            )
+            for index, prompt in enumerate(prompts)
+            for sample in range(images_per_prompt)
+        )
+        lines = {item.file: _line(item) for item in self.planned}
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        if any((folder / "images").glob("*.png")):
+            lines = self._agree(text, lines)
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / SETTINGS, text.encode())
+        write_atomic(folder / MANIFEST, "".join(lines[file] for file in sorted(lines)).encode())
+
+    def missing(self) -> tuple[Planned, ...]:
+        """Planned images that do not exist yet, in the order of the manifest."""
+        return tuple(item for item in self.planned if not (self.folder / item.file).is_file())
+
+    def save(self, item: Planned, image: np.ndarray) -> None:
+        """Write one uint8 image `[H, W, 3]` under its name, complete or not at all."""
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG")
+        write_atomic(self.folder / item.file, buffer.getvalue())
+
+    def load(self, item: Planned) -> np.ndarray:
+        """The uint8 image `[H, W, 3]`. Raises ValueError for a missing or unreadable file."""
+        path = self.folder / item.file
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as either
+            raise ValueError(
+                f"every planned image must be readable, but {path} is not ({error}); delete it and run the same "
+                "command again to draw it anew"
+            ) from error
+
+    def _agree(self, settings: str, lines: Mapping[str, str]) -> dict[str, str]:
+        """The lines of the old manifest and of the new plan, by file; ValueError where they contradict each other."""
+        self._same(SETTINGS, self._read(SETTINGS), settings)
+        old = {}
+        for number, line in enumerate(self._read(MANIFEST).splitlines(keepends=True), start=1):
+            try:
+                old[str(json.loads(line)["file"])] = line
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._other(f"{MANIFEST}:{number} is no line of a manifest") from error
+        for file, line in lines.items():
+            self._same(MANIFEST, old.get(file, line), line)
+        for path in (self.folder / "images").glob("*.png"):
+            if f"images/{path.name}" not in old:
+                raise self._other(f"{MANIFEST} does not say what {path.name} is")
+        return {**old, **lines}
+
+    def _same(self, name: str, there: str, wanted: str) -> None:
+        if there != wanted:
+            raise self._other(f"{name}: {_difference(there, wanted)}")
+
+    def _read(self, name: str) -> str:
+        path = self.folder / name
+        if not path.is_file():
+            raise self._other(f"there is no {name} that says what they are")
+        return path.read_text(encoding="utf-8")
+
+    def _other(self, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.folder} holds images of another evaluation ({reason}); give another folder with output=FOLDER, "
+            "or remove this one"
+        )
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _line(item: Planned) -> str:
+    return json.dumps(asdict(item), ensure_ascii=False) + "\n"
+
+
+def _difference(there: str, wanted: str) -> str:
+    """The first line that differs, in words for an error message."""
+    pairs = zip_longest(there.splitlines(), wanted.splitlines(), fillvalue="nothing")
+    left, right = next((left, right) for left, right in pairs if left != right)
+    return f"{left.strip(' ,')[:160]}, this evaluation has {right.strip(' ,')[:160]}"

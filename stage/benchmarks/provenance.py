@@ -1,0 +1,59 @@
+"""What must be known to repeat a measurement: program versions, commit and command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "stage-rl",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "lightning",
+    "hydra-core",
+    "numpy",
+    "scipy",
+    "pillow",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of the packages that move the numbers; `not installed` where there is none."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # stage itself, run from a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds `folder` and whether tracked files were changed; None outside of one."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    commit = _git(git, folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {
+        "commit": commit,
+        "changed": bool(_git(git, folder, "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def command() -> str:
+    """The command line as one would type it again, without the folder of the interpreter."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
+def _git(git: str, folder: Path, *arguments: str) -> str | None:
+    run = subprocess.run([git, "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None

@@ -1,0 +1,55 @@
+"""Reports from the command line.
+
+python -m stage.report RUN                              report.html and report.md of a run or an evaluation
+python -m stage.report compare RUN RUN ... --output FOLDER    several runs side by side
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str]) -> None:
+    page = compare(arguments[1:]) if arguments[:1] == ["compare"] else report(arguments)
+    print(f"page in {page}")
+
+
+def report(arguments: Sequence[str]) -> Path:
+    """Parse `RUN` and write its report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stage.report",
+        description="Write report.html and report.md into the folder of a run or of one of its evaluations: scores, "
+        "curves, images before and after. `python -m stage.report compare --help` is about several runs.",
+    )
+    parser.add_argument("run", type=Path, help="folder with metrics.csv or results.json")
+    folder = parser.parse_args(arguments).run
+
+    from stage.report.page import write_report
+
+    return write_report(folder)
+
+
+def compare(arguments: Sequence[str]) -> Path:
+    """Parse `RUN RUN ... --output FOLDER` and write the comparison."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stage.report compare",
+        description="Lay runs side by side. Runs that differ in nothing but their seed form a group; the page shows "
+        "mean curves over the updates, and final scores with intervals over seeds. Differences are to the first group.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, evaluated if possible")
+    parser.add_argument("--output", type=Path, required=True, help="folder for report.html and report.md")
+    parsed = parser.parse_args(arguments)
+
+    from stage.report.compare import write_comparison
+
+    return write_comparison(parsed.runs, parsed.output)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,137 @@
+"""One self-contained page about a run, and the same tables in markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from stage.benchmarks.images import write_atomic
+from stage.report.curves import PANELS, Curve, run_panel
+from stage.report.gallery import data_uri, galleries
+from stage.report.groups import algorithm_label
+from stage.report.read import Run, read_run
+from stage.report.tables import ScoreTable, markdown, number, score_markdown, score_table
+
+HTML, MARKDOWN = "report.html", "report.md"
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and report.md into `folder`, a run or an evaluation, and return the page's path.
+
+    Raises what `read_run` raises, and OSError when the folder cannot be written.
+    """
+    run = read_run(folder)
+    content = _content(run)
+    page = render("report.html.j2", title=run.name, **content)
+    write_atomic(folder / MARKDOWN, _markdown(run, content).encode())
+    write_atomic(folder / HTML, page.encode())
+    return folder / HTML
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template; every value is escaped, except what is marked up already."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))  # ours, not a user's
+    return environment.get_template(template).render(style=style, **values)
+
+
+def _content(run: Run) -> dict[str, Any]:
+    """What both the page and the markdown show."""
+    results = {} if run.evaluation is None else run.evaluation.results
+    panels = [(panel, run_panel(panel, run.curves)) for panel in PANELS]
+    return {
+        "run": run,
+        "facts": _facts(run),
+        "tables": [] if run.evaluation is None else _tables(results),
+        "panels": [{"title": panel.title, "svg": Markup(svg)} for panel, svg in panels if svg is not None],
+        "training": _training_rows(run.curves),
+        "galleries": [] if run.evaluation is None else galleries(run.evaluation),
+        "grids": _shown_grids(run.grids),
+        "command": results.get("command"),
+        "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
+        if run.config
+        else None,
+        "provenance": _provenance(results) if results else None,
+    }
+
+
+def _tables(results: Mapping[str, Any]) -> list[ScoreTable]:
+    """The table of the part that counts, for each split."""
+    part = results["benchmark"]["headline"]
+    return [score_table(split, part, parts[part]) for split, parts in results["scores"].items()]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Name and value of what tells one run from another, for the line under the title."""
+    facts = [("algorithm", algorithm_label(run.config))] if "algorithm" in run.config else []
+    facts += [("seed", str(run.config["seed"]))] if "seed" in run.config else []
+    if run.curves:
+        facts.append(("updates", str(int(max(curve.x[-1] for curve in run.curves.values())))))
+    if run.evaluation is None:
+        return facts
+    results = run.evaluation.results
+    sampler = results["settings"]["base"]["sampler"]
+    facts += [
+        ("guidance", str(sampler.get("guidance_scale", "?"))),
+        ("temperature", str(sampler.get("temperature", "?"))),
+        ("evaluated", results["created"].replace("T", " ").removesuffix("+00:00") + " UTC"),
+    ]
+    return facts
+
+
+def _training_rows(curves: Mapping[str, Curve]) -> list[tuple[str, str, str, str]]:
+    """Metric, its first value, its last, and its highest, for those that have a panel."""
+    columns = [name for panel in PANELS for name in panel.columns if name in curves]
+    return [
+        (name, number(curves[name].y[0]), number(curves[name].y[-1]), number(curves[name].y.max()))
+        for name in columns
+    ]
+
+
+def _shown_grids(grids: Mapping[int, Path]) -> list[tuple[int, str]]:
+    """The first, the middle and the last picture that training drew, as (update, data URI)."""
+    updates = sorted(grids)
+    chosen = sorted({updates[0], updates[len(updates) // 2], updates[-1]}) if updates else []
+    found = [(update, data_uri(grids[update])) for update in chosen]
+    return [(update, source) for update, source in found if source is not None]
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    """Models, versions and commit, as YAML."""
+    kept = {
+        key: results[key] for key in ("models", "settings", "versions", "git", "timing") if key in results
+    }
+    return yaml.safe_dump(json.loads(json.dumps(kept)), sort_keys=False, allow_unicode=True)
+
+
+def _markdown(run: Run, content: Mapping[str, Any]) -> str:
+    lines = [f"# {run.name}", ""]
+    if content["facts"]:
+        lines += [", ".join(f"{name} {value}" for name, value in content["facts"]), ""]
+    for table in content["tables"]:
+        lines += [f"## {table.split}: {table.part}", "", score_markdown(table), ""]
+    if content["tables"]:
+        lines += ["95 % intervals over prompts; the difference is paired by prompt and seed.", ""]
+    if content["training"]:
+        lines += [
+            "## Training",
+            "",
+            markdown(["metric", "first", "last", "highest"], content["training"]),
+            "",
+        ]
+    if content["command"]:
+        lines += ["## Command", "", "```bash", content["command"], "```", ""]
+    return "\n".join(lines)

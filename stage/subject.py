@@ -1,0 +1,150 @@
+"""The models that a command looks at: the base, and what training made of it.
+
+`checkpoint=PATH` names a training checkpoint, which records its own model and sampler; or a model folder in the
+transformers layout; or nothing, which is the base model of the configuration. Finding a subject costs a hash; its
+weights are loaded when images must be drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from stage.paths import resolve
+from stage.policy.janus import JanusPolicy
+from stage.training_checkpoint import check_base, load_trained, read_training_checkpoint, weights_sha256
+
+RECORDED = ("model", "sampler")  # groups that a training checkpoint brings with it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that can be loaded: `model` is its configuration, `sha256` identifies its weights.
+
+    `checkpoint` is the training checkpoint whose weights replace those of `model`, `update` the rollouts it has
+    done; both are None for a model folder.
+    """
+
+    path: str
+    sha256: str
+    model: Mapping[str, Any]
+    checkpoint: Path | None = None
+    update: int | None = None
+
+    def load(self, device: torch.device) -> JanusPolicy:
+        """The policy in eval mode on `device`, without gradients.
+
+        Raises FileNotFoundError or ValueError where the weights cannot be read or are of another base.
+        """
+        policy = instantiate(OmegaConf.create(dict(self.model)))
+        if self.checkpoint is not None:
+            trained = read_training_checkpoint(self.checkpoint)
+            source = str(self.model["path"])
+            check_base(trained, {"path": source, "sha256": weights_sha256(resolve(source))})
+            load_trained(policy, trained)
+        return policy.to(device).eval().requires_grad_(False)
+
+    def image_settings(self, sampler: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Everything but the prompt and the sample index that an image of this model depends on."""
+        return {
+            "checkpoint": self.sha256,
+            "template": self.model["template"],
+            "dtype": self.model["dtype"],
+            "sampler": dict(sampler),
+            "seed": seed,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What results.json says about the model."""
+        return {"path": self.path, "sha256": self.sha256, "update": self.update, "model": dict(self.model)}
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The base and, unless only the base is meant, the tuned model; `sampler` is the configuration of their sampler.
+
+    `trained_with` is the composed configuration of the training run, None for a model folder.
+    """
+
+    base: Subject
+    tuned: Subject | None
+    sampler: Mapping[str, Any]
+    trained_with: Mapping[str, Any] | None
+
+    @property
+    def models(self) -> dict[str, Subject]:
+        """By role, `base` before `tuned`."""
+        return {"base": self.base} | ({} if self.tuned is None else {"tuned": self.tuned})
+
+
+def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
+    """What `config.checkpoint` names, beside its base.
+
+    Args:
+        config: has `checkpoint`, and `model` and `sampler` for when the checkpoint does not bring its own.
+        overrides: the command line; `model...` and `sampler...` given there beat what a checkpoint recorded.
+
+    Raises FileNotFoundError for a path without a model, ValueError for a damaged one.
+    """
+    path = None if config.checkpoint is None else resolve(str(config.checkpoint))
+    if path is None or path.is_dir():
+        model, sampler = (_plain(config[group]) for group in RECORDED)
+        base = _folder(model)
+        tuned = None if path is None else _folder({**model, "path": str(path)})
+        return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
+    trained = read_training_checkpoint(path)
+    model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
+    tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]))
+    return Subjects(_folder(model), tuned, sampler, trained["config"])
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one; anything else is torch's name of a device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+
+
+def _folder(model: Mapping[str, Any]) -> Subject:
+    path = str(model["path"])
+    folder = resolve(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"a model must be a local folder; {folder} does not exist. Correct model.path, or download the model first."
+        )
+    return Subject(path, weights_sha256(folder), model)
+
+
+def _recorded(
+    group: str, config: DictConfig, trained: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The group as the checkpoint recorded it, with the changes that the command line makes to it."""
+    names = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in overrides]
+    if group not in trained or group in names:  # sampler=NAME on the command line replaces the group whole
+        return _plain(config[group])
+    changed = [name for name in names if name.startswith(f"{group}.")]
+    node = OmegaConf.create({group: dict(trained[group])})
+    for name in changed:
+        OmegaConf.update(node, name, OmegaConf.select(config, name))
+    return _plain(node[group])
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
