@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.speed", "stage.launch"),
+    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
     ("train", "evaluate", "stage.sample"),
 )
 

@@ -1,0 +1,259 @@
+"""What happens around the updates: validation, pictures, the progress bar, and a clean stop.
+
+Every callback counts in updates (`pl_module.update`, rollouts done), never in Lightning's steps.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+from torch import Tensor
+
+from stage.data import read_prompts
+from stage.loggers import log_image
+from stage.rollout import draw
+from stage.training_checkpoint import atomic_write
+from stage.types import Metrics, Prompt
+
+STRICT = "strict"  # the reward part that is 1 for an image that shows all that was asked for
+
+
+def due(update: int, updates: int, every: int) -> bool:
+    """Every `every` updates, and after the last one."""
+    return update % every == 0 or update >= updates
+
+
+def check_every(every: int, name: str) -> int:
+    """`every`, or ValueError when it is below 1."""
+    if every < 1:
+        raise ValueError(
+            f"{name}.every must be at least 1 update; got {every}. Give a large number for never."
+        )
+    return every
+
+
+def batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    """The prompts in order, at most `size` at a time."""
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+@contextmanager
+def apart(seed: int) -> Iterator[None]:
+    """Whatever draws random numbers in here draws the same every time, and the training outside notices nothing."""
+    with isolate_rng():
+        seed_everything(seed, verbose=False)
+        yield
+
+
+@torch.no_grad()
+def draw_images(trainer: Trainer, module: Any, prompts: Sequence[Prompt], samples: int, seed: int) -> Tensor:
+    """uint8 images `[P, samples, H, W, 3]` of the present policy, with noise that is the same at every
+    update.
+    """
+    with trainer.precision_plugin.val_step_context():
+        _, drawn = draw(module.policy, module.sampler, prompts, samples, seed=seed, update=0)
+        return module.policy.decode(drawn.tokens)
+
+
+class Validation(Callback):
+    """Scores the same prompts with the same noise every few updates, the base weights included.
+
+    Adds validation/reward (weighted sum of the reward parts), validation/strict and validation/strict/TAG,
+    means over images, to the row of the update. Without a reward part named `strict` there is only
+    validation/reward.
+
+    Args:
+        prompts: prompt file.
+        samples: images a prompt.
+        seed: of the sampling noise.
+        every: updates between validations.
+        prompts_per_batch: prompts sampled at once.
+    """
+
+    def __init__(self, *, prompts: str, samples: int, seed: int, every: int, prompts_per_batch: int) -> None:
+        self.prompts = read_prompts(prompts)
+        self.samples, self.seed, self.prompts_per_batch = samples, seed, prompts_per_batch
+        self.every = check_every(every, "callbacks.validation")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.update == 0:
+            metrics = self.score(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if due(pl_module.update, pl_module.updates, self.every):
+            pl_module.latest |= self.score(trainer, pl_module)
+
+    def score(self, trainer: Trainer, module: Any) -> Metrics:
+        """The metrics of the present weights."""
+        with apart(self.seed):
+            return self._score(trainer, module)
+
+    def _score(self, trainer: Trainer, module: Any) -> Metrics:
+        values: dict[str, list[float]] = defaultdict(list)
+        for prompts in batches(self.prompts, self.prompts_per_batch):
+            scores = module.scorer(draw_images(trainer, module, prompts, self.samples, self.seed), prompts)
+            rewards = (scores.parts.double() * scores.parts.new_tensor(scores.weights).double()).sum(-1)
+            values["validation/reward"] += rewards.flatten().tolist()
+            strict = [i for i, name in enumerate(scores.names) if name.split("/")[-1] == STRICT][:1]
+            for prompt, parts in zip(prompts, scores.parts[..., strict].flatten(1), strict=True):
+                values["validation/strict"] += parts.tolist()
+                values[f"validation/strict/{prompt.metadata.get('tag', 'untagged')}"] += parts.tolist()
+        return {name: sum(found) / len(found) for name, found in values.items() if found}
+
+
+class ImageGrid(Callback):
+    """Draws fixed prompts with fixed noise every few updates: `images/update_00020.png`, one row a prompt.
+
+    Args:
+        folder: where the pictures go.
+        prompts: prompt file; `count` of them are taken, spread evenly over the file.
+        count: rows of the picture.
+        samples: columns of the picture.
+        seed: of the sampling noise.
+        every: updates between pictures.
+    """
+
+    def __init__(self, *, folder: str, prompts: str, count: int, samples: int, seed: int, every: int) -> None:
+        found = read_prompts(prompts)
+        self.prompts = [
+            found[i * len(found) // min(count, len(found))] for i in range(min(count, len(found)))
+        ]
+        self.folder, self.samples, self.seed = Path(folder), samples, seed
+        self.every = check_every(every, "callbacks.images")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.update == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if due(pl_module.update, pl_module.updates, self.every):
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, module: Any) -> None:
+        """Write the picture and show it in the loggers that take pictures."""
+        with apart(self.seed):
+            images = draw_images(trainer, module, self.prompts, self.samples, self.seed)
+        if not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"update_{module.update:05d}.png"
+        with atomic_write(path) as temporary:
+            grid(images).save(temporary, format="PNG")
+        caption = f"update {module.update}: " + " | ".join(prompt.text for prompt in self.prompts)
+        log_image(trainer.loggers, "images/grid", path, caption, module.update)
+
+
+def grid(images: Tensor) -> Image.Image:
+    """uint8 `[P, G, H, W, 3]` as one picture, a row a prompt, with a white line of 2 pixels between
+    images.
+    """
+    padded = torch.nn.functional.pad(images.cpu(), (0, 0, 0, 2, 0, 2), value=255)
+    rows, columns, height, width, _ = padded.shape
+    picture = padded.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    return Image.fromarray(picture[:-2, :-2].contiguous().numpy())
+
+
+class Progress(RichProgressBar):
+    """Lightning's rich progress bar over updates, with reward, KL, entropy and the time left.
+
+    Where the output is no terminal a bar would be noise or nothing: there it is one line every few updates.
+
+    Args:
+        every: updates between lines.
+        refresh_rate: redraws a second.
+    """
+
+    SHOWN = (("reward", "reward/mean"), ("kl", "policy/kl"), ("entropy", "policy/entropy"))
+
+    def __init__(self, *, every: int, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=True)
+        self.every = check_every(every, "callbacks.progress")
+        self.updates = 0
+        self.seconds: list[float] = []
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.updates
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "update"
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.updates = pl_module.updates
+        if not sys.stdout.isatty():
+            self.disable()
+        super().on_train_start(trainer, pl_module)
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        shown = {short: pl_module.latest.get(name) for short, name in self.SHOWN}
+        return {short: value for short, value in shown.items() if value is not None}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # After a resume Lightning may count batches from 0 again.
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, pl_module.update - 1)
+        self.seconds.append(pl_module.latest["time/total"])
+        first = len(self.seconds) == 1
+        if self.is_disabled and (first or due(pl_module.update, pl_module.updates, self.every)):
+            print(self.line(trainer, pl_module), flush=True)
+
+    def line(self, trainer: Trainer, module: Any) -> str:
+        """`update 20/120  reward 0.61  kl 0.003  entropy 2.10  0:02:10 left`."""
+        recent = self.seconds[-self.every :]
+        left = int((module.updates - module.update) * sum(recent) / len(recent))
+        metrics = [f"{name} {value:.3f}" for name, value in self.get_metrics(trainer, module).items()]
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        return "  ".join([f"update {module.update}/{module.updates}", *metrics, clock])
+
+
+class CleanStop(Callback):
+    """Ctrl-C or SIGTERM: finish the update, save, stop. A second Ctrl-C abandons the update at once.
+
+    `signal_number` says after the run which signal stopped it, None if none did.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._trainer: Trainer | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        # Here and not in `setup`: Lightning installs its own handler for SIGTERM just before. When it is torn
+        # down it puts back the handlers it found then, so it takes these away as well.
+        self._trainer = trainer
+        for number in self.SIGNALS:
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise KeyboardInterrupt
+        self.signal_number = number
+        assert self._trainer is not None
+        self._trainer.should_stop = True
+        # os.write and not print: a handler may run in the middle of somebody else's print.
+        os.write(
+            2,
+            f"\n{signal.Signals(number).name}: stopping after this update; once more abandons it\n".encode(),
+        )

@@ -1,0 +1,303 @@
+"""Between the command line and a run: checks, resuming, the first and the last line, errors in one line.
+
+Imported by train.py before Hydra reads the command line, so nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+WANTS_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `run` sets it
+OF_THE_COMMAND = ("resume", "output")  # settings of one command, not of the experiment
+FIXED = (
+    "model.",
+    "optimizer.",
+    "scheduler.",
+)  # a checkpoint brings these back, whatever a configuration says
+GROUPS = "algorithm model data reward sampler optimizer scheduler trainer logger callbacks"
+SETTINGS = "seed updates group_size gradient_clip name output resume"
+KNOWN = {*GROUPS.split(), *SETTINGS.split()}
+LONGEST_NAME = 200  # bytes of a file name; file systems take 255
+LEAST = {"group_size": 2, "updates": 1, "seed": 0}  # whole numbers, and the smallest value of each
+
+
+def register_experiments(folder: Path) -> None:
+    """Make `experiment=NAME` mean `folder/NAME.yaml`, from whatever directory the program is started."""
+    for file in sorted(folder.glob("*.yaml")):
+        ConfigStore.instance().store(
+            name=file.stem, node=OmegaConf.load(file), group="experiment", package="_global_"
+        )
+
+
+def run_folder(resume: str | None, fresh: str) -> str:
+    """The folder of the run that the checkpoint `resume` belongs to, or `fresh` for a new run."""
+    if resume is not None:
+        folder = Path(str(resume)).expanduser().absolute().parent
+        if folder.name == "checkpoints" and folder.is_dir():
+            return str(folder.parent)
+    return fresh
+
+
+def job_folder(overrides: str) -> str:
+    """A folder name for one job of a sweep: its overrides, as far as file systems take them, and then a hash."""
+    name = overrides.replace("/", "_")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 4]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
+
+
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a function made by `hydra.main`; a mistake on its command line is one line and exit status 1 too."""
+    with mistakes_in_one_line():
+        os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing a traceback
+        main()
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """End the program with one line, and exit status 1, for an error that the user can mend.
+
+    Put it around the body of a function that `hydra.main` decorates, or Hydra adds a line of its own.
+    Other errors, and all errors under HYDRA_FULL_ERROR=1, are raised with their traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(exit_status(signal.SIGINT))
+    except Exception as error:
+        text = None if WANTS_TRACEBACK else explain(error)
+        if text is None:
+            raise
+        sys.exit(f"error: {text}\n({FULL_ERROR}=1 shows where)")
+
+
+def explain(error: BaseException) -> str | None:
+    """The mistake in the words of the user's input, or None for an error that is not the user's."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        if isinstance(error.__cause__, TypeError):  # an argument that the class does not have
+            return f"{str(error).rpartition('full_key: ')[2].strip()}: {_one_line(error.__cause__)}"
+        return explain(error.__cause__)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        reason = f" ({_one_line(cause)})" if isinstance(cause, OmegaConfBaseException) else ""
+        return _one_line(error) + reason
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ValueError | OSError | ImportError) or _is_misconfiguration(error):
+        return " ".join(str(error).split())
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    """The first lines of a message, without Hydra's search path and OmegaConf's key details."""
+    text = str(error).partition("Config search path")[0].partition("full_key:")[0]
+    return " ".join(text.split())
+
+
+def _is_misconfiguration(error: BaseException) -> bool:
+    """Lightning's class for wrong arguments of its own, asked for without importing Lightning."""
+    return type(error).__name__ == "MisconfigurationException"
+
+
+class Prepared(NamedTuple):
+    """What to run: the configuration, the command line that leads to it, the option chosen for each group."""
+
+    config: DictConfig
+    overrides: list[str]
+    choices: Mapping[str, str]
+
+
+def prepare(config: DictConfig) -> Prepared:
+    """The configuration of this run, or of the run that is resumed, checked, with the folder that Hydra made.
+
+    Raises ValueError or FileNotFoundError, all before a model is loaded.
+    """
+    hydra = HydraConfig.get()
+    found = Prepared(config, [str(item) for item in hydra.overrides.task], dict(hydra.runtime.choices))
+    if config.resume is not None:
+        found = resumed(str(config.resume), found.overrides)
+        carry_metrics(Path(str(config.resume)).expanduser(), Path(hydra.runtime.output_dir))
+    found.config.output = hydra.runtime.output_dir
+    check(found.config)
+    return found._replace(overrides=[item for item in found.overrides if key(item) not in OF_THE_COMMAND])
+
+
+def check(config: DictConfig) -> None:
+    """Raise ValueError for numbers that no run can have, and for settings that nothing reads."""
+    unknown = sorted(str(name) for name in set(config) - KNOWN)
+    if unknown:
+        raise ValueError(f"nothing reads {', '.join(unknown)}; settings are {', '.join(sorted(KNOWN))}")
+    for name, least in LEAST.items():
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+    clip = config.gradient_clip
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
+        raise ValueError(f"gradient_clip must be a positive number or null; got {clip!r}")
+
+
+def resumed(path: str, overrides: Sequence[str]) -> Prepared:
+    """The run that a checkpoint belongs to, with the changes of this command line.
+
+    `resume=PATH` alone goes on with that run, `resume=PATH updates=200` makes it longer. Changes are printed.
+
+    Raises ValueError when nothing is left to do, and for changes that a checkpoint would silently undo.
+    """
+    from stage.training_checkpoint import read_training_checkpoint
+
+    checkpoint = read_training_checkpoint(Path(path).expanduser())
+    merged = {key(override): override for override in [*checkpoint["overrides"], *overrides]}
+    config = compose("train", list(merged.values()), return_hydra_config=True)
+    choices = dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    config.output = checkpoint["config"]["output"]
+    changes = dict(differences(checkpoint["config"], plain(config)))
+    # The weights at model.path have a hash in the checkpoint, so they may have moved.
+    undone = [name for name in changes if name.startswith(FIXED) and name != "model.path"]
+    if undone:
+        raise ValueError(
+            "a resumed run goes on with the model, optimizer and schedule of its checkpoint; "
+            f"{undone[0]} is changed, {changes[undone[0]]}. Leave it, or start a new run."
+        )
+    if checkpoint["update"] >= config.updates:
+        raise ValueError(
+            f"{path} has done {checkpoint['update']} of {config.updates} updates: nothing is left to do. "
+            f"Set updates above {checkpoint['update']} to train longer."
+        )
+    if changes:
+        print("changed since the checkpoint:", "; ".join(f"{k} {v}" for k, v in changes.items()), flush=True)
+    return Prepared(config, list(merged.values()), choices)
+
+
+def carry_metrics(checkpoint: Path, output: Path) -> None:
+    """Begin the metrics of a run that goes on in another folder with those of the run it comes from."""
+    before, now = checkpoint.parent.parent / "metrics.csv", output / "metrics.csv"
+    if before.is_file() and not now.exists():
+        shutil.copyfile(before, now)
+
+
+def key(override: str) -> str:
+    """`a.b` of the override `a.b=value`, `+a.b=value` or `~a.b`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as a plain dict with all interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, `old -> new`) where two configurations differ, apart from what belongs to one command."""
+    if name in OF_THE_COMMAND or old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for part in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(part), new.get(part), f"{name}.{part}" if name else str(part))
+    else:
+        yield name, f"{old!r} -> {new!r}"
+
+
+def quiet_libraries() -> None:
+    """Leave the console to this program: no advertisement, no warning about what is meant to be so."""
+    import lightning.pytorch  # sets the level of its loggers when it is imported, so it must be by now
+    import transformers
+
+    for library in (lightning.pytorch, lightning.fabric):
+        logging.getLogger(library.__name__).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    # Frozen parts stay in eval mode on purpose.
+    warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
+    # Lightning calls an old name of torch's tree functions.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+
+
+def base_weights(model: DictConfig) -> dict[str, str]:
+    """Path and sha256 of the weights that a policy is loaded from: the identity of a base in checkpoints."""
+    from stage.paths import resolve
+    from stage.training_checkpoint import weights_sha256
+
+    return {"path": str(model.path), "sha256": weights_sha256(resolve(str(model.path)))}
+
+
+def first_line(prepared: Prepared, module: Any, device: Any) -> str:
+    """What will happen and where it goes."""
+    images = module.prompts.prompts_per_update * module.group_size
+    config, sizes = prepared.config, [(p.numel(), p.requires_grad) for p in module.policy.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
+    done = f"from a checkpoint of {config.resume} on, " if config.resume else ""
+    return (
+        f"{config.updates} updates of {images} images, {done}algorithm {prepared.choices['algorithm']}, "
+        f"model {prepared.choices['model']} ({trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained), "
+        f"reward {prepared.choices['reward']}, on {device}; writes to {short(config.output)}"
+    )
+
+
+def fit(trainer: Any, module: Any, resume: str | None) -> None:
+    """Train, and say in the last line what came of it; after a signal, exit as a shell expects it."""
+    started, path = time.monotonic(), None if resume is None else str(Path(resume).expanduser())
+    try:
+        trainer.fit(module, ckpt_path=path, weights_only=True)
+    except SystemExit:  # what Lightning makes of a second Ctrl-C
+        print(f"abandoned update {module.update + 1}; {resume_line(trainer, module)}", flush=True)
+        sys.exit(exit_status(signal.SIGINT))
+    number = next((c.signal_number for c in trainer.callbacks if getattr(c, "signal_number", None)), None)
+    if number is not None:
+        print(f"stopped after update {module.update}; {resume_line(trainer, module)}", flush=True)
+        sys.exit(exit_status(number))
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"{module.update} updates done, {minutes}:{seconds:02d} min; {kept(trainer)}", flush=True)
+
+
+def resume_line(trainer: Any, module: Any) -> str:
+    """How to go on after a stop."""
+    from stage.training_checkpoint import read_training_checkpoint
+
+    last = trainer.checkpoint_callback.last if trainer.checkpoint_callback else None
+    if last is None or not last.is_file():
+        return "nothing was saved, so there is nothing to resume"
+    saved = read_training_checkpoint(last)["update"]
+    own = [item.path for item in HydraConfig.get().runtime.config_sources if item.provider == "command-line"]
+    flags = "".join(f"--config-dir {short(path)} " for path in own)
+    return f"update {saved} of {module.updates} is saved, go on with: python train.py {flags}resume={short(last)}"
+
+
+def kept(trainer: Any) -> str:
+    """The checkpoint that a finished run leaves behind."""
+    callback = trainer.checkpoint_callback
+    return "no checkpoint was kept" if callback is None else f"evaluate {short(callback.last)}"
+
+
+def exit_status(number: int) -> int:
+    """What a shell reports for a program that a signal ended."""
+    return 128 + number
+
+
+def short(path: str | Path) -> str:
+    """A path as the user would type it: relative to the current directory when it lies in it."""
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)

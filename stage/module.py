@@ -1,0 +1,285 @@
+"""The update loop: one `training_step` is one rollout and the updates made from it.
+
+Departures from Lightning's defaults:
+1. Manual optimisation. `update` counts rollouts done; it is saved, and it is the x-axis of every log, limit
+   and schedule, since `trainer.global_step` counts optimizer steps.
+2. What the data loader yields is ignored: prompts are a function of (seed, update), so a resume cannot replay
+   or skip any.
+3. The reference, the scorer and the sampler lie outside the module tree: never trained, saved or wrapped by a
+   strategy.
+4. A checkpoint holds what training changes. Frozen weights are those of the base, which is recorded by its
+   sha256.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+
+from stage.data import PromptStream, UpdateNumbers
+from stage.objective.objective import merge_metrics
+from stage.rollout import Collected, Stopwatch, collect, micro_batches, scored_distribution, take
+from stage.training_checkpoint import (
+    check_base,
+    check_names,
+    random_states,
+    restore_random_states,
+    trained_names,
+)
+from stage.types import Metrics, Rollout, Scorer, TokenScores
+
+ROLLOUT_PARTS = ("sample", "decode", "reference")
+
+
+class StageModule(LightningModule):
+    """Trains a policy on rollouts.
+
+    Args:
+        policy: scores tokens with gradient; its trainable parameters are the ones optimised.
+        sampler: draws tokens from the policy.
+        scorer: turns images into reward parts.
+        objective: credit and loss; also says how many updates a rollout serves, how many samples go into one
+            forward, and whether a reference is needed. The reference is a frozen copy of `policy` as it
+            comes.
+        prompts: `prompts.batch(update)` gives the prompts of an update.
+        optimizer: called with the list of trainable parameters.
+        scheduler: called with the optimizer; stepped once a rollout.
+        group_size: images a prompt (G), at least 2.
+        gradient_clip: largest norm of the gradient; None leaves it as it is.
+        seed: of the sampling noise.
+        updates: rollouts to do in all, counted from the start of the run and not from a resume.
+        base: `{"path", "sha256"}` of the weights the policy was loaded from.
+        config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
+
+    Raises ValueError for a group of one, an update count below 1, or a policy without trainable parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: nn.Module,
+        sampler: Any,
+        scorer: Scorer,
+        objective: Any,
+        prompts: PromptStream,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+        group_size: int,
+        gradient_clip: float | None,
+        seed: int,
+        updates: int,
+        base: Mapping[str, str],
+        config: Mapping[str, Any],
+        overrides: Sequence[str],
+    ) -> None:
+        super().__init__()
+        if group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2: an advantage compares the samples of a prompt; got {group_size}"
+            )
+        if updates < 1:
+            raise ValueError(f"updates must be at least 1; got {updates}. Raise it.")
+        if not any(parameter.requires_grad for parameter in policy.parameters()):
+            raise ValueError(
+                "the policy must have trainable parameters; all are frozen. Shorten model.freeze."
+            )
+        scored_distribution(objective, sampler)
+        self.automatic_optimization = False
+        self.strict_loading = (
+            False  # a checkpoint lacks the frozen weights; on_load_checkpoint checks the names
+        )
+        self.policy = policy
+        # nn.Module registers a module that is assigned to it; inside a tuple it stays out of the tree.
+        frozen = copy.deepcopy(policy).requires_grad_(False).eval() if objective.needs_reference else None
+        self._reference = (frozen,)
+        self.sampler, self._scorer, self.objective, self.prompts = sampler, (scorer,), objective, prompts
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.group_size, self.gradient_clip = group_size, gradient_clip
+        self.seed, self.updates = seed, updates
+        self.base, self.config, self.overrides = dict(base), dict(config), list(overrides)
+        self.update = 0
+        self.latest: Metrics = {}  # of the last update; callbacks may add to it before it is logged
+        self._random: Mapping[str, Any] | None = None
+
+    @property
+    def reference(self) -> nn.Module | None:
+        """The frozen policy that KL and entropy reward look back at."""
+        return self._reference[0]
+
+    @property
+    def scorer(self) -> Scorer:
+        return self._scorer[0]
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        try:
+            optimizer = self._optimizer(trained)
+            return [optimizer], [self._scheduler(optimizer)]
+        except TypeError as error:  # what torch makes of a word where it wants a number
+            raise ValueError(
+                f"optimizer and scheduler must take their settings, and do not: {error}"
+            ) from error
+
+    def train_dataloader(self) -> UpdateNumbers:
+        return UpdateNumbers(lambda: self.update)
+
+    def on_fit_start(self) -> None:
+        if self.reference is not None:
+            self.reference.to(self.device)
+
+    def on_train_start(self) -> None:
+        # As late as possible: whatever drew random numbers while the run was put together is undone here.
+        if self._random is not None:
+            restore_random_states(self._random)
+            self._random = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One rollout, its updates, and one row of metrics at x = rollouts done."""
+        watch = Stopwatch(self.device)
+        with watch("total"):
+            collected = self._collect(watch)
+            metrics = self._learn(collected)
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.update += 1
+        images = collected.rollout.tokens.shape[:2].numel()
+        self.latest = metrics | self._time_metrics(watch.seconds, images, replayed=collected.scores is None)
+        if self.update >= self.updates:
+            self.trainer.should_stop = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Callbacks have added theirs by now. `self.log` would repeat a validation in every later row, and
+        # counts optimizer steps; it still tells Lightning's own callbacks, early stopping for one.
+        for logger in self.trainer.loggers:
+            logger.log_metrics(self.latest, step=self.update)
+            logger.save()
+        self.log_dict(self.latest, logger=False)
+
+    def _collect(self, watch: Stopwatch) -> Collected:
+        prompts = self.prompts.batch(self.update)
+        rows, columns = micro_batches(len(prompts), self.group_size, self.objective.micro_batch)
+        return collect(
+            self.policy,
+            self.reference,
+            self.sampler,
+            self.scorer,
+            self.objective,
+            prompts,
+            update=self.update,
+            seed=self.seed,
+            group_size=self.group_size,
+            differentiable=len(rows) == len(columns) == self.objective.updates_per_rollout == 1,
+            watch=watch,
+        )
+
+    def _learn(self, collected: Collected) -> Metrics:
+        """All updates from one rollout; metrics of the last one, those of the gradient included."""
+        credit, metrics = self.objective.credit(collected.rollout)
+        for _ in range(self.objective.updates_per_rollout):
+            metrics = metrics | self._step(collected.rollout, credit, collected.scores)
+        return metrics
+
+    def _step(self, rollout: Rollout, credit: Any, scores: TokenScores | None) -> Metrics:
+        """One optimizer step from all micro-batches, whose losses add up to that of the full batch."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        rows, columns = micro_batches(len(rollout.prompts), self.group_size, self.objective.micro_batch)
+        cells = [(prompts, samples) for prompts in rows for samples in columns]
+        losses, parts = [], []
+        for index, cell in enumerate(cells):
+            with self._gradient_sync(last=index == len(cells) - 1):
+                loss, metrics = self._backward(rollout, credit, scores, *cell)
+            losses.append(loss)
+            parts.append(metrics)
+        check_finite(torch.stack(losses).sum(), "loss", self.update)
+        merged = merge_metrics(parts) | self._clip(optimizer)
+        optimizer.step()
+        return merged
+
+    def _backward(
+        self, rollout: Rollout, credit: Any, scores: TokenScores | None, prompts: slice, samples: slice
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss and metrics of one micro-batch, after its backward pass.
+
+        `scores` of the rollout, where they carry a graph, save the forward.
+        """
+        if scores is None:
+            distribution = scored_distribution(self.objective, self.sampler)
+            scores = self.policy(
+                take(rollout.prompt_tokens, prompts),
+                rollout.tokens[prompts, samples],
+                guidance_scale=distribution.guidance_scale,
+                temperature=distribution.temperature,
+            )
+        loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
+        self.manual_backward(loss)
+        return loss.detach(), metrics
+
+    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
+        """Between processes, gradients are reduced once an optimizer step: with the last micro-batch."""
+        strategy = self.trainer.strategy
+        if not last and isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def _clip(self, optimizer: LightningOptimizer) -> Metrics:
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        check_finite(norm, "gradient norm", self.update)
+        if self.gradient_clip is not None:
+            self.clip_gradients(optimizer.optimizer, self.gradient_clip, gradient_clip_algorithm="norm")
+        return {"policy/gradient_norm": norm.item(), "policy/learning_rate": optimizer.param_groups[0]["lr"]}
+
+    def _time_metrics(self, seconds: Metrics, images: int, *, replayed: bool) -> Metrics:
+        """Seconds and shares of rollout, reward and update; images a second; peak memory in bytes.
+
+        The rollout is sample, decode, reference and, unless it was the forward of the update too, replay.
+        """
+        total = seconds["total"]
+        rollout = sum(seconds[part] for part in (*ROLLOUT_PARTS, *(("replay",) if replayed else ())))
+        shares = {"rollout": rollout, "reward": seconds["reward"]}
+        shares["update"] = total - sum(shares.values())
+        metrics = {f"time/{name}": value for name, value in {**seconds, **shares}.items()}
+        metrics |= {f"time/{name}_share": value / total for name, value in shares.items()}
+        metrics["time/images_per_second"] = images / total
+        metrics["time/peak_memory_bytes"] = float(peak_memory(self.device))
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {f"policy.{name}" for name in trained_names(self.policy)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint |= {"update": self.update, "base": self.base, "random": random_states()}
+        checkpoint |= {"config": self.config, "overrides": self.overrides}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError when the checkpoint belongs to other base weights or trained other parameters."""
+        check_base(checkpoint, self.base)
+        check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
+        self.update, self._random = checkpoint["update"], checkpoint["random"]
+
+
+def check_finite(value: Tensor, name: str, update: int) -> None:
+    """Raise ValueError for NaN or infinity, before it reaches the weights."""
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"the {name} must be finite; it is {value.item()} in update {update + 1}. Resume from the last "
+            "checkpoint with trainer.precision=32-true, or start again with a lower optimizer.lr."
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most allocated on a CUDA device, elsewhere the largest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,212 @@
+"""From prompts to everything one update learns from: sample, decode, score the reward, score the tokens.
+
+Nothing here carries a gradient, except the one forward pass that may serve the rollout and the first update
+alike (`collect`, argument `differentiable`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stage.policy.sampler import uniforms
+from stage.types import Metrics, Prompt, PromptTokens, Rollout, Samples, Scorer, TokenScores, map_tensors
+
+Parts = tuple[list[slice], list[slice]]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The distribution whose log-probabilities are the policy: guidance scale (1 = conditional) and
+    temperature.
+    """
+
+    guidance_scale: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A rollout, and `scores` of the same tokens that still carry the graph when `collect` was asked for
+    them.
+    """
+
+    rollout: Rollout
+    scores: TokenScores | None
+
+
+class Stopwatch:
+    """Adds up seconds by name. On CUDA it waits for the device, since kernels return before they have run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: Metrics = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def scored_distribution(objective: Any, sampler: Any) -> Distribution:
+    """What `objective.distribution` names: `conditional` is the model's own distribution, without guidance
+    and at temperature 1, as the STAGE release scores (arXiv 2509.25027); `guided` is the one the sampler
+    draws from.
+
+    Raises ValueError for any other name.
+    """
+    if objective.distribution == "conditional":
+        return Distribution(1.0, 1.0)
+    if objective.distribution == "guided":
+        return Distribution(sampler.guidance_scale, sampler.temperature)
+    raise ValueError(
+        f"algorithm.distribution must be conditional or guided; got {objective.distribution!r}. Name one of them."
+    )
+
+
+def micro_batches(num_prompts: int, group_size: int, limit: int | None) -> Parts:
+    """Slices of prompts and of samples whose product covers `[P, G]`, each of at most `limit` samples.
+
+    Whole groups stay together while they fit; None is one slice of everything.
+    Raises ValueError for a limit below 1.
+    """
+    if limit is None:
+        return [slice(0, num_prompts)], [slice(0, group_size)]
+    if limit < 1:
+        raise ValueError(f"micro_batch must be at least 1 sample, or null for all; got {limit}. Raise it.")
+    rows, columns = max(1, limit // group_size), min(limit, group_size)
+    return _cut(num_prompts, rows), _cut(group_size, columns)
+
+
+def _cut(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def take(prompt_tokens: PromptTokens, prompts: slice) -> PromptTokens:
+    """The rows of some prompts."""
+    return map_tensors(prompt_tokens, lambda tensor: tensor[prompts])
+
+
+def draw(
+    policy: Any, sampler: Any, prompts: Sequence[Prompt], group_size: int, *, seed: int, update: int
+) -> tuple[PromptTokens, Samples]:
+    """Sample `group_size` images of each prompt as tokens `[P, G, L]`.
+
+    The uniforms behind a sample are a function of (seed, update, prompt id, sample index) alone, so it does
+    not matter which other prompts are drawn in the same call.
+    """
+    prompt_tokens = policy.tokenize([prompt.text for prompt in prompts])
+    noise = uniforms(seed, update, [prompt.id for prompt in prompts], group_size, policy.num_image_tokens)
+    return prompt_tokens, sampler(policy, prompt_tokens, noise.to(prompt_tokens.ids.device))
+
+
+def score_tokens(
+    policy: Any, prompt_tokens: PromptTokens, tokens: Tensor, parts: Parts, distribution: Distribution
+) -> TokenScores:
+    """Teacher-forced scores of `tokens` `[P, G, L]`, computed micro-batch by micro-batch."""
+    rows = []
+    for prompts in parts[0]:
+        scores = [
+            policy.score(
+                take(prompt_tokens, prompts),
+                tokens[prompts, samples],
+                guidance_scale=distribution.guidance_scale,
+                temperature=distribution.temperature,
+            )
+            for samples in parts[1]
+        ]
+        rows.append(_join(scores, dim=1))
+    return _join(rows, dim=0)
+
+
+def _join(scores: list[TokenScores], dim: int) -> TokenScores:
+    if len(scores) == 1:
+        return scores[0]
+    return TokenScores(
+        logps=torch.cat([part.logps for part in scores], dim),
+        entropy=torch.cat([part.entropy for part in scores], dim),
+    )
+
+
+def collect(
+    policy: Any,
+    reference: Any | None,
+    sampler: Any,
+    scorer: Scorer,
+    objective: Any,
+    prompts: Sequence[Prompt],
+    *,
+    update: int,
+    seed: int,
+    group_size: int,
+    differentiable: bool,
+    watch: Stopwatch,
+) -> Collected:
+    """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
+
+    The old scores are those of the training path, replayed on the sampled tokens in the same micro-batches as
+    the update, so that the first ratio is exactly 1. With `differentiable` that replay keeps its graph and is
+    returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
+    forward too. Then `rollout.old` is its detached copy.
+
+    Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts.
+    """
+    distribution = scored_distribution(objective, sampler)
+    parts = micro_batches(len(prompts), group_size, objective.micro_batch)
+    with torch.no_grad():
+        with watch("sample"):
+            prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
+        with watch("decode"):
+            images, codes = policy.decode(samples.tokens), policy.codes(samples.tokens)
+        with watch("reward"):
+            scores = scorer(images, prompts)
+            check_parts(scores.parts, len(prompts), group_size, prompts)
+        with watch("reference"):
+            reference_scores = (
+                None
+                if reference is None
+                else score_tokens(reference, prompt_tokens, samples.tokens, parts, distribution)
+            )
+    with watch("replay"), torch.set_grad_enabled(differentiable):
+        live = score_tokens(policy, prompt_tokens, samples.tokens, parts, distribution)
+    rollout = Rollout(
+        update=update,
+        prompts=tuple(prompts),
+        prompt_tokens=prompt_tokens,
+        tokens=samples.tokens,
+        codes=codes,
+        images=images,
+        scores=replace(scores, parts=scores.parts.to(samples.tokens.device)),
+        old=map_tensors(live, Tensor.detach),
+        reference=reference_scores,
+        sampled_logps=samples.logps,
+    )
+    return Collected(rollout, live if differentiable else None)
+
+
+def check_parts(parts: Tensor, num_prompts: int, group_size: int, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError unless reward parts are `[P, G, R]` and finite."""
+    if parts.ndim != 3 or tuple(parts.shape[:2]) != (num_prompts, group_size):
+        raise ValueError(
+            f"a reward must give parts [{num_prompts}, {group_size}, R], one row a prompt and one column a sample; "
+            f"got {list(parts.shape)}. Correct the scorer."
+        )
+    bad = (~torch.isfinite(parts)).nonzero()
+    if len(bad):
+        prompt, sample, part = bad[0].tolist()
+        raise ValueError(
+            f"reward parts must be finite; sample {sample} of {prompts[prompt].text!r} got "
+            f"{parts[prompt, sample, part].item()} in part {part}. Correct the scorer."
+        )

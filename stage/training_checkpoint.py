@@ -1,0 +1,162 @@
+"""What a training checkpoint holds, and how it is written and read without surprises.
+
+A checkpoint is Lightning's file of tensors and plain containers (it loads with `weights_only=True`), to which
+`StageModule` adds
+
+    update      rollouts done so far, int
+    config      the composed configuration, a plain dict
+    overrides   the command line that led to it, a list of strings
+    base        {"path", "sha256"} of the weights the policy started from
+    random      states of every random number generator
+
+and from which it removes the weights that were never trained: they are those of `base`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+POLICY = "policy."  # prefix of the policy's entries in `state_dict`
+REQUIRED = ("state_dict", "update", "config", "overrides", "base", "random")
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """sha256 over names and bytes of the safetensors files of a model folder, in the order of their names.
+
+    Raises FileNotFoundError when the folder holds none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"a model folder must hold *.safetensors files; {folder} holds none. Check `model.path`."
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a training checkpoint to CPU memory, mapped from the file, so that only what is used is read.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that is damaged or not ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"a checkpoint must be an existing file; {path} is not one. Check the path.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint {path} is damaged or not a checkpoint. Use another one, for example best.ckpt beside it."
+        ) from error
+    missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"a training checkpoint must hold {', '.join(REQUIRED)}; {path} lacks {', '.join(missing)}. "
+            "Give a file that train.py wrote."
+        )
+    return checkpoint
+
+
+def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, str]) -> None:
+    """Raise ValueError unless the checkpoint was trained from exactly these base weights."""
+    source = checkpoint["base"]
+    if source["sha256"] != base["sha256"]:
+        raise ValueError(
+            "a checkpoint holds only trained weights and needs the base it was trained from: "
+            f"{source['path']} with sha256 {source['sha256'][:12]}, got {base['path']} with sha256 "
+            f"{base['sha256'][:12]}. Set model.path to the original weights."
+        )
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """Names of the entries of `module.state_dict()` that training may change: trainable parameters and
+    buffers.
+    """
+    frozen = {
+        name
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    return set(module.state_dict()) - frozen
+
+
+def load_trained(policy: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Put a checkpoint's trained weights into a policy that holds the base weights; call `check_base` before.
+
+    Raises ValueError when the checkpoint trained other parameters than this policy trains.
+    """
+    state = {
+        name.removeprefix(POLICY): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(POLICY)
+    }
+    check_names(state.keys(), trained_names(policy))
+    policy.load_state_dict(state, strict=False)
+
+
+def check_names(saved: Any, expected: Any) -> None:
+    """Raise ValueError unless both sets of parameter names are the same."""
+    missing, surplus = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+    if missing or surplus:
+        raise ValueError(
+            "a checkpoint must hold exactly the weights that this model trains; "
+            f"it lacks {len(missing)} {missing[:1]} and has {len(surplus)} others {surplus[:1]}. "
+            "Set model.freeze as it was."
+        )
+
+
+def random_states() -> dict[str, Any]:
+    """States of the generators of python, numpy and torch, on the CPU and on every GPU, as plain
+    containers.
+    """
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = state
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Undo `random_states`. GPU states are restored only where as many GPUs are present as were saved."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+
+    A kill or a full disk in the middle leaves the former file whole. The temporary file lies in the same
+    folder, since a rename is atomic only within one file system.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""Between the command line and a run: resuming with changes, experiments, folders, and errors in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from stage import launch
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def test_an_experiment_is_a_delta_that_the_command_line_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "defaults:\n  - override /algorithm: grpo\nupdates: 7\nseed: 5\nalgorithm:\n  beta: 0.5\n"
+    (tmp_path / "question.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    launch.register_experiments(tmp_path)
+    config = composed("experiment=question", "seed=6")
+    assert (config.updates, config.seed, config.algorithm.beta) == (7, 6, 0.5)
+    assert config.algorithm.reweight_advantage is False
+    assert composed("experiment=question", "algorithm=stage").algorithm.reweight_advantage is True
+
+
+def test_a_resumed_run_stays_in_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    assert launch.run_folder(str(folder / "last.ckpt"), "fresh") == "fresh"  # no such run
+    folder.mkdir(parents=True)
+    assert launch.run_folder(str(folder / "last.ckpt"), "fresh") == str(tmp_path / "run")
+    assert launch.run_folder(str(tmp_path / "moved.ckpt"), "fresh") == "fresh"
+    assert launch.run_folder(None, "fresh") == "fresh"
+
+
+def test_a_job_of_a_sweep_has_a_folder_name() -> None:
+    assert launch.job_folder("algorithm=grpo,model.path=/a/b") == "algorithm=grpo,model.path=_a_b"
+    long = [launch.job_folder("x" * 1000 + end) for end in "ab"]
+    assert all(len(name) <= 200 for name in long) and long[0] != long[1]
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.lr=1", "+optimizer.lr=1", "++optimizer.lr=1", "~optimizer.lr"]
+)
+def test_the_key_of_an_override(override: str) -> None:
+    assert launch.key(override) == "optimizer.lr"
+
+
+def test_differences_are_named_with_both_values() -> None:
+    old = {"seed": 1, "optimizer": {"lr": 0.1, "eps": 0}, "output": "a", "gone": 2}
+    new = {"seed": 1, "optimizer": {"lr": 0.2, "eps": 0}, "output": "b", "new": 3}
+    assert dict(launch.differences(old, new)) == {
+        "optimizer.lr": "0.1 -> 0.2",
+        "gone": "2 -> None",
+        "new": "None -> 3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("group_size=1", "group_size must be a whole number of at least 2; got 1"),
+        ("group_size=eight", "got 'eight'"),
+        ("group_size=2.5", "got 2.5"),
+        ("updates=0", "updates must be a whole number of at least 1; got 0"),
+        ("updates=true", "got True"),
+        ("seed=-1", "seed must be a whole number of at least 0"),
+        ("seed=null", "got None"),
+        ("gradient_clip=0", "gradient_clip must be a positive number or null; got 0"),
+        ("gradient_clip=hard", "got 'hard'"),
+        ("+group_sise=4", "nothing reads group_sise"),
+    ],
+)
+def test_numbers_that_no_run_can_have(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.check(composed(override))
+
+
+@pytest.mark.parametrize("override", ["gradient_clip=null", "gradient_clip=2", "seed=0", "group_size=2"])
+def test_numbers_that_a_run_can_have(override: str) -> None:
+    launch.check(composed(override))
+
+
+def fails() -> None:
+    raise ValueError("lr must be positive; got -1")
+
+
+def breaks() -> None:
+    raise RuntimeError("a bug")
+
+
+def test_an_error_of_the_user_is_explained_in_its_own_words() -> None:
+    assert launch.explain(ValueError("too few")) == "too few"
+    assert launch.explain(FileNotFoundError(2, "No such file or directory", "a.jsonl")) == (
+        "No such file or directory: a.jsonl"
+    )
+    assert launch.explain(RuntimeError("a bug")) is None
+    assert launch.explain(KeyError("a bug")) is None
+
+
+def test_an_error_of_hydra_is_one_line() -> None:
+    error = HydraException("Could not override 'x'.\nTo append use +x=1\nConfig search path:\n\tfile:///a")
+    error.__cause__ = ConfigAttributeError("Key 'x' is not in struct\n    full_key: x\n    object_type=dict")
+    assert launch.explain(error) == "Could not override 'x'. To append use +x=1 (Key 'x' is not in struct)"
+
+
+def test_an_error_in_a_class_speaks_without_hydra() -> None:
+    """ValueError in its own words, a wrong argument with the place in the configuration, a bug as a bug."""
+    node = {"x": {"_target_": f"{__name__}.fails"}, "y": {"_target_": f"{__name__}.fails", "rate": 1}}
+    node["z"] = {"_target_": f"{__name__}.breaks"}
+    config = OmegaConf.create(node)
+    found = {}
+    for name in config:
+        with pytest.raises(InstantiationException) as caught:
+            instantiate(config[name])
+        found[name] = launch.explain(caught.value)
+    assert found["x"] == "lr must be positive; got -1"
+    assert found["y"] is not None and "rate" in found["y"] and found["y"].startswith("y: ")
+    assert found["z"] is None
+
+
+def test_a_mistake_ends_the_program_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WANTS_TRACEBACK", False)
+    with pytest.raises(SystemExit) as caught, launch.mistakes_in_one_line():
+        fails()
+    assert str(caught.value).splitlines()[0] == "error: lr must be positive; got -1"
+    with pytest.raises(RuntimeError, match="a bug"), launch.mistakes_in_one_line():
+        breaks()
+    monkeypatch.setattr(launch, "WANTS_TRACEBACK", True)
+    with pytest.raises(ValueError, match="lr must be positive"), launch.mistakes_in_one_line():
+        fails()

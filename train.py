@@ -1,0 +1,66 @@
+"""Train a policy. `python train.py --help` says what can be set; conf/train.yaml is the table of contents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from stage import launch
+
+launch.register_experiments(Path(__file__).parent / "experiments")
+
+# From what is cheap to make to what is not: a mistake shows before the weights are read.
+PARTS = ("algorithm", "sampler", "optimizer", "scheduler", "data", "reward", "model")
+
+
+def train(prepared: launch.Prepared) -> None:
+    """Instantiate every part of the configuration, and fit."""
+    # Imported here, so that --help and mistakes on the command line are answered at once.
+    import lightning
+    from hydra.utils import instantiate
+
+    from stage.loggers import finish_wandb
+    from stage.module import StageModule
+
+    config = prepared.config
+    launch.quiet_libraries()
+    lightning.seed_everything(config.seed, verbose=False)
+    callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
+    parts = {name: instantiate(config[name]) for name in PARTS}
+    module = StageModule(
+        policy=parts["model"],
+        sampler=parts["sampler"],
+        scorer=parts["reward"],
+        objective=parts["algorithm"],
+        prompts=parts["data"].stream,
+        optimizer=parts["optimizer"],
+        scheduler=parts["scheduler"],
+        group_size=config.group_size,
+        gradient_clip=config.gradient_clip,
+        seed=config.seed,
+        updates=config.updates,
+        base=launch.base_weights(config.model),
+        config=launch.plain(config),
+        overrides=prepared.overrides,
+    )
+    loggers = instantiate(config.logger)
+    for logger in loggers:
+        logger.log_hyperparams(module.config)
+    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+    print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
+    try:
+        launch.fit(trainer, module, config.resume)
+    finally:
+        finish_wandb()
+
+
+@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+def main(config: DictConfig) -> None:
+    with launch.mistakes_in_one_line():
+        train(launch.prepare(config))
+
+
+if __name__ == "__main__":
+    launch.run(main)
