@@ -12,7 +12,7 @@ from stage import launch
 launch.register_experiments(Path(__file__).parent / "experiments")
 
 # From what is cheap to make to what is not: a mistake shows before the weights are read.
-PARTS = ("algorithm", "sampler", "optimizer", "scheduler", "data", "reward", "model")
+PARTS = ("algorithm", "sampler", "optimizer", "scheduler", "data", "reward", "logger", "model")
 
 
 def train(prepared: launch.Prepared) -> None:
@@ -45,10 +45,9 @@ def train(prepared: launch.Prepared) -> None:
         config=launch.plain(config),
         overrides=prepared.overrides,
     )
-    loggers = instantiate(config.logger)
-    for logger in loggers:
+    for logger in parts["logger"]:
         logger.log_hyperparams(module.config)
-    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+    trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
     print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
     try:
         launch.fit(trainer, module, config.resume)

@@ -92,7 +92,7 @@ def csv_only(folder: str) -> list[Logger]:
 def csv_and_wandb(
     folder: str,
     project: str,
-    name: str,
+    name: str | None,
     mode: str,
     entity: str | None,
     group: str | None,
@@ -102,7 +102,8 @@ def csv_and_wandb(
 
     Args:
         folder: of the run; `wandb/` is made in it.
-        project, name, entity, group, tags: as in `wandb.init`.
+        project, entity, group, tags: as in `wandb.init`.
+        name: of the run on the page; None takes the name of the folder.
         mode: online, or offline, which needs neither network nor account; `wandb sync` uploads it later.
 
     The run's id follows from the folder, so a resumed run goes on in the same curves.
@@ -116,7 +117,7 @@ def csv_and_wandb(
     identity = hashlib.blake2b(str(Path(folder).resolve()).encode(), digest_size=8).hexdigest()
     Path(folder).mkdir(parents=True, exist_ok=True)
     logger = WandbLogger(
-        name=name,
+        name=name or Path(folder).resolve().name,
         save_dir=folder,
         project=project,
         id=identity,
@@ -128,9 +129,7 @@ def csv_and_wandb(
     import wandb  # here, since only this logger needs it and it takes a second
 
     try:
-        _ = (
-            logger.experiment
-        )  # starts the run: a missing login is an error now and not after the model is loaded
+        _ = logger.experiment  # starts the run, so that a missing login shows before the model is loaded
     except wandb.errors.Error as error:
         raise ValueError(
             f"wandb could not start a run ({error}). Log in with `wandb login`, or set logger.mode=offline."

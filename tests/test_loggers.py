@@ -62,7 +62,7 @@ def test_the_configuration_lies_beside_the_metrics(tmp_path: Path) -> None:
 
 def wandb_loggers(folder: Path, mode: str) -> list:
     return csv_and_wandb(
-        str(folder), project="stage", name="a", mode=mode, entity=None, group=None, tags=["t"]
+        str(folder), project="stage", name=None, mode=mode, entity=None, group=None, tags=["t"]
     )
 
 
@@ -81,7 +81,7 @@ def test_wandb_offline_holds_curves_pictures_and_configuration(
             logger.log_metrics({"reward/mean": 0.25}, step=2)
         log_image(loggers, "images/grid", picture, "a red square", 2)
         run = loggers[1].experiment
-        identity, config = run.id, dict(run.config)
+        identity, name, config = run.id, run.name, dict(run.config)
         summary = {name: run.summary[name] for name in ("reward/mean", "trainer/global_step")}
     finally:
         finish_wandb()
@@ -90,6 +90,7 @@ def test_wandb_offline_holds_curves_pictures_and_configuration(
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb")) and list(folder.glob("files/media/images/images/*.png"))
     assert read_metrics(tmp_path / "metrics.csv")[0]["reward/mean"] == "0.25"
+    assert name == tmp_path.name
     assert len(identity) == 16 and identity in folder.name
 
 

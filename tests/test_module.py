@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from stage.checkpoints import Checkpoints
@@ -372,6 +375,25 @@ def test_mixed_precision_does_not_reuse_weights_that_were_cast_before(base: Path
     assert not same(before, weights(module))
     assert module.latest["policy/ratio_max"] > 1.01
     assert all(value.dtype == torch.float32 for value in weights(module).values())
+
+
+def test_processes_exchange_gradients_with_the_last_micro_batch_alone(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, strategy = tiny_module(base), DDPStrategy()
+    blocked: list[str] = []
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        blocked.append("blocked")
+        yield
+
+    monkeypatch.setattr(strategy, "block_backward_sync", block)
+    monkeypatch.setattr(StageModule, "trainer", SimpleNamespace(strategy=strategy))
+    for last in (False, False, True):
+        with module._gradient_sync(last=last):
+            blocked.append("backward")
+    assert blocked == ["blocked", "backward", "blocked", "backward", "backward"]
 
 
 @pytest.mark.parametrize(

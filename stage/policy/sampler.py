@@ -48,7 +48,8 @@ class Sampler:
         A sample is a function of its prompt and its own row of `uniforms`; the rest of the batch does not enter.
         The prompt is run once for each of the P groups, never for each of the G samples.
 
-        Raises ValueError if `uniforms` are of another number of prompts or image tokens.
+        Raises ValueError if `uniforms` are of another number of prompts or image tokens, FloatingPointError if the
+        model's logits are not finite.
         """
         prompts, group, length = uniforms.shape
         if (prompts, length) != (len(prompt.ids), policy.num_image_tokens):
@@ -69,19 +70,31 @@ class Sampler:
                 hidden = decoder.step(table[tokens[:, step - 1]].repeat(sides, 1))
             logits = policy.image_logits(hidden, self.guidance_scale).float()
             tokens[:, step], logps[:, step] = self._draw(logits, draws[:, step])
+        _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
 
     def _draw(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Inverse CDF: tokens `[N]` and their log-probabilities `[N]` for logits `[N, V]` and uniforms `[N]`."""
         if self.temperature == 0:
-            return logits.argmax(-1), logits.new_zeros(len(logits))
+            best, token = logits.max(-1)
+            return token, best - best  # zero, or NaN where the logits are
         logps = (logits / self.temperature).log_softmax(-1)
         # Summed in float64: in float32 the tail of a codebook of 16384 would be lost in the rounding of the sum.
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
         # The first token whose sum exceeds the target: a token of probability 0 is never it.
         target = draws.double().unsqueeze(1) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True)
+        token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
         return token.squeeze(1), logps.gather(1, token).squeeze(1)
+
+
+def _check_finite(logps: Tensor) -> None:
+    # Once an image: a check at every token would make a GPU wait.
+    bad = int((~logps.isfinite()).any(1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"sampling needs finite logits; they were not for {bad} of {len(logps)} images. The policy has diverged "
+            "or its dtype is too narrow: go back to a checkpoint, lower the learning rate, or use bfloat16 for float16."
+        )
 
 
 class CachedDecoder:
@@ -106,10 +119,11 @@ class CachedDecoder:
         # Rotation is x cos + swap(x) sin with the halves of x swapped, so the first half of sin carries the sign.
         first, second = sin.chunk(2, -1)
         self.rope = cos.unsqueeze(2), torch.cat([-first, second], -1).unsqueeze(2)  # two of [R, S, 1, D]
-        self.hidden_columns = ~mask.bool()[:, None, None]  # [R, 1, 1, S]
-        self.padded = bool(self.hidden_columns.any())
+        self.blocked = ~mask.bool()[:, None, None]  # padding, [R, 1, 1, S]
+        self.padded = bool(self.blocked.any())
         self.keys: list[Tensor] = []  # one [R, heads, T, D] a layer; after the prompt [R * G, heads, S, D]
         self.values: list[Tensor] = []
+        self.bias: Tensor  # what hides padding from a step, [R * G, 1, 1, S]
 
     def prefill(self, embeddings: Tensor) -> Tensor:
         """Run the prompts, embeddings `[R, T, D]`; returns the last hidden state of every sample, `[R * G, D]`."""
@@ -121,9 +135,7 @@ class CachedDecoder:
         later = torch.ones(length, length, dtype=torch.bool, device=embeddings.device).triu(1)
         # Padding still attends to itself: a softmax over no key at all would be NaN.
         others = ~torch.eye(length, dtype=torch.bool, device=embeddings.device)
-        hidden = self._run(
-            embeddings, _bias((later | self.hidden_columns[..., :length]) & others, embeddings)
-        )
+        hidden = self._run(embeddings, _bias((later | self.blocked[..., :length]) & others, embeddings))
         self._expand()
         return hidden[:, -1].repeat_interleave(self.group, 0)
 
@@ -134,7 +146,7 @@ class CachedDecoder:
 
     def _expand(self) -> None:
         """Copy each prompt to its G samples, with room for the tokens to come."""
-        total = self.hidden_columns.shape[-1]
+        total = self.blocked.shape[-1]
         for cache in (self.keys, self.values):
             for layer, prompt in enumerate(cache):
                 rows, heads, length, size = prompt.shape
@@ -143,7 +155,7 @@ class CachedDecoder:
                 cache[layer] = room.flatten(0, 1)
         cos, sin = self.rope
         self.rope = cos.repeat_interleave(self.group, 0), sin.repeat_interleave(self.group, 0)
-        self.bias = _bias(self.hidden_columns.repeat_interleave(self.group, 0), self.keys[0])
+        self.bias = _bias(self.blocked.repeat_interleave(self.group, 0), self.keys[0])
 
     def _run(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """n new tokens a row, `[rows, n, D]` to `[rows, n, D]`, appended to the cache."""
@@ -165,9 +177,9 @@ class CachedDecoder:
         return self.model.norm(hidden)
 
 
-def _bias(hidden: Tensor, like: Tensor) -> Tensor:
-    """What is added to attention scores: -inf where `hidden`, else 0, in the type of `like`."""
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+def _bias(blocked: Tensor, like: Tensor) -> Tensor:
+    """What is added to attention scores: -inf where `blocked`, else 0, in the type of `like`."""
+    return torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill_(blocked, -torch.inf)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -186,13 +198,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sc
     query = query.unflatten(2, (-1, repeats)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     if bias is not None and length > 1:
         bias = bias.repeat(1, 1, repeats, 1)
-    if query.is_cuda or length > 1:
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
-    else:
-        # torch's CPU kernel for one query a head spends most of its time on setting up: plain products are faster.
-        scores = torch.matmul(query, keys.mT).mul_(scale)
-        scores = scores if bias is None else scores.add_(bias)
-        out = torch.matmul(scores.softmax(-1), values)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
     return out.unflatten(2, (repeats, length)).permute(0, 3, 1, 2, 4).reshape(rows, length, -1)
 
 

@@ -181,6 +181,14 @@ def test_nothing_stays_behind(policy: JanusPolicy) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_diverged_policy_raises(policy: JanusPolicy, temperature: float) -> None:
+    with torch.no_grad():
+        policy.model.model.generation_head.vision_head.bias[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"not for 8 of 8 images"):
+        Sampler(2.0, temperature)(policy, policy.tokenize(PROMPTS), noise(policy, 2))
+
+
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 1), (2.0, 2)])
 def test_rows_that_are_run(policy: JanusPolicy, scale: float, rows: int) -> None:
     """P prompt rows once, then P * G rows a token; twice as many under guidance."""

@@ -92,3 +92,7 @@ def test_the_mean_is_taken_where_every_seed_has_a_value() -> None:
 def test_a_line_keeps_its_colour_where_another_has_no_values() -> None:
     svg = comparison_panel("Reward", "r", [Line(1, [curve(1, 2), curve(2, 3)])])
     assert "var(--series-1)" in svg and "var(--series-0)" not in svg and balanced(svg)
+
+
+def test_seeds_without_a_common_update_have_no_mean_and_no_error() -> None:
+    assert balanced(comparison_panel("Reward", "r", [Line(0, [curve(1, 2), curve(3, 4, start=9)])]))
