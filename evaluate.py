@@ -14,11 +14,12 @@ from stage import launch
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
-    try:
-        evaluate(config)
-    except KeyboardInterrupt:
-        print("stopped; finished images are kept, the same command goes on from there", flush=True)
-        sys.exit(launch.exit_status(signal.SIGINT))
+    with launch.mistakes_in_one_line():
+        try:
+            evaluate(config)
+        except KeyboardInterrupt:
+            print("stopped; finished images are kept, the same command goes on from there", flush=True)
+            sys.exit(launch.exit_status(signal.SIGINT))
 
 
 def evaluate(config: DictConfig) -> None:

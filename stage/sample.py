@@ -20,6 +20,12 @@ GAP = 2  # white pixels between the images of the grid
 
 @hydra.main(config_path="../conf", config_name="sample", version_base="1.3")
 def main(config: DictConfig) -> None:
+    with launch.mistakes_in_one_line():
+        sample(config)
+
+
+def sample(config: DictConfig) -> None:
+    """Draw the images of one prompt and save them as one picture."""
     # Imported here, so that --help and mistakes on the command line are answered at once.
     import io
 
