@@ -15,7 +15,8 @@ from stage.shapes.pretrain import main
 from stage.shapes.steps import resumable
 
 ASSETS = Path(stage.shapes.__file__).parent / "assets"
-SIZES = "--vq-steps 7 --vq-batch 2 --detector-steps 3 --detector-batch 2 --bank 64 --language-steps 3 --language-batch 4"
+STEPS = "--vq-steps 7 --detector-steps 3 --language-steps 3 --bank 64"
+BATCHES = "--vq-batch 2 --detector-batch 2 --language-batch 4"
 
 
 def train(folder: Path, steps: int, stop: int) -> torch.nn.Linear:
@@ -55,7 +56,9 @@ def test_a_killed_stage_continues_bit_for_bit(tmp_path: Path) -> None:
 def test_all_stages_make_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stage.shapes.language.CHUNK", 64)
     monkeypatch.setattr(
-        sys, "argv", ["pretrain", str(tmp_path / "work"), "--assets", str(tmp_path), *SIZES.split()]
+        sys,
+        "argv",
+        ["pretrain", str(tmp_path / "work"), "--assets", str(tmp_path), *STEPS.split(), *BATCHES.split()],
     )
     main()
     model = JanusForConditionalGeneration.from_pretrained(tmp_path / "tiny_janus", dtype=torch.float32)
