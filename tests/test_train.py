@@ -175,7 +175,7 @@ def test_a_run_that_is_done_says_so(program: Program) -> None:
     message = program.refuses("resume=run/checkpoints/last.ckpt")
     assert "has done 1 of 1 updates: nothing is left to do. Set updates above 1" in message
     message = program.refuses("resume=run/checkpoints/last.ckpt", "updates=2", "optimizer.lr=1.0")
-    assert "optimizer.lr is changed, 3e-05 -> 1.0" in message
+    assert "optimizer.lr is changed, 0.0001 -> 1.0" in message
 
 
 def test_a_damaged_checkpoint_is_one_line(program: Program, tmp_path: Path) -> None:

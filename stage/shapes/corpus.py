@@ -178,25 +178,3 @@ def _cells(present: Tensor, relation: Tensor, world: World, generator: torch.Gen
     fits = holds.gather(2, asked)[..., 0] | (relation == FREE)[:, None]
     first = fits.int().argmax(dim=1)
     return cells[torch.arange(count, device=device), first]
-
-
-def crowded(
-    count: int, objects: int, world: World, generator: torch.Generator, device: torch.device
-) -> Scenes:
-    """`count` scenes of 0 to `objects` objects anywhere on the grid: much ink for a picture codec to learn from.
-
-    Each scene shows at most two classes, which the corpus lets meet, in colours that the corpus shows on them.
-    """
-    allowed = Allowed.on(device)
-
-    def pick(weights: Tensor) -> Tensor:
-        return torch.multinomial(weights.float(), 1, generator=generator)[:, 0]
-
-    first = torch.randint(len(CLASSES), (count,), generator=generator, device=device)
-    pair = torch.stack([first, pick(allowed.pair[first])], dim=1)
-    kind = pair.gather(1, torch.randint(2, (count, objects), generator=generator, device=device))
-    color = pick(allowed.color[kind].flatten(0, 1)).view_as(kind)
-    amount = torch.randint(objects + 1, (count, 1), generator=generator, device=device)
-    present = torch.arange(objects, device=device) < amount
-    order = torch.rand(count, world.grid**2, generator=generator, device=device).argsort(dim=1)
-    return dress(kind, color, present, order[:, :objects], world, generator)

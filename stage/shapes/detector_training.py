@@ -11,20 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from stage.shapes.detector import STRIDE, ShapeNet
-from stage.shapes.scenes import CLASSES, COLORS, MAX_OBJECTS, Scenes, World, dress, place, render
+from stage.shapes.scenes import CLASSES, MAX_OBJECTS, Scenes, World, any_scenes, place, render, scatter
 from stage.shapes.steps import Stateful, resumable
-
-
-def any_scenes(count: int, world: World, generator: torch.Generator, device: torch.device) -> Scenes:
-    """Scenes of 0 to 4 objects of every class and colour: the judge knows all combinations, held-out ones too."""
-
-    def choice(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator, device=device)
-
-    kind, color = choice(len(CLASSES), count, MAX_OBJECTS), choice(len(COLORS), count, MAX_OBJECTS)
-    present = torch.arange(MAX_OBJECTS, device=device) < choice(MAX_OBJECTS + 1, count)[:, None]
-    cells = place(count, MAX_OBJECTS, world, generator, device)
-    return dress(kind, color, present, cells, world, generator)
 
 
 def targets(scenes: Scenes, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +51,8 @@ def spoil(images: Tensor, scenes: Scenes, world: World, generator: torch.Generat
     hit = (torch.rand(scenes.present.shape, generator=generator, device=device) < 0.08) & scenes.present
     axis = torch.arange(world.size, device=device, dtype=torch.float32) + 0.5
     angle = torch.rand(scenes.present.shape, generator=generator, device=device) * 2 * torch.pi
-    other = render(any_scenes(count, world, generator, device), world)
+    cells = scatter(count, MAX_OBJECTS, world, generator, device)
+    other = render(any_scenes(cells, world, generator), world)
     splice = torch.rand(count, generator=generator, device=device) < 0.3
     plain = scenes.background[:, None, None, :].to(torch.uint8).expand_as(images)
     filler = torch.where(splice[:, None, None, None], other, plain)
@@ -119,16 +108,25 @@ def train_detector(
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.05)
 
+    # Half of the pictures stand in their cells and may touch; the others are anywhere, so that no position is learnt
+    # as impossible.
+    near, far = (
+        World(world.size, world.patch, (5.5, 7.2), 0.8),
+        World(world.size, world.patch, (5.5, 7.5), 5.0),
+    )
+
     def step(i: int) -> Mapping[str, Tensor]:
-        # Half of the batch may stand anywhere, so that no position is learnt as impossible.
-        loose = World(world.size, world.patch, (5.5, 7.5), jitter=1.5 if i % 2 else 5.0)
-        scenes = any_scenes(batch, loose, generator, device)
-        images, scenes = spoil(render(scenes, loose), scenes, world, generator)
-        images = (
-            (images, blurred(images, generator), decode(images))[i % 3]
-            if i % 2
-            else blurred(images, generator)
-        )
+        # A decoded picture is shown as it is: the codec turns a spoilt object into a whole one.
+        decoded = i % 6 == 5
+        loose = world if decoded else near if i % 2 else far
+        spread = place if loose is far else scatter
+        scenes = any_scenes(spread(batch, MAX_OBJECTS, loose, generator, device), loose, generator)
+        images = render(scenes, loose)
+        if decoded:
+            images = decode(images)
+        else:
+            images, scenes = spoil(images, scenes, world, generator)
+            images = images if i % 6 == 1 else blurred(images, generator)
         value = loss(net, images, scenes, world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()

@@ -2,7 +2,7 @@
 
     python -m stage.shapes.pretrain WORK_FOLDER [--stage vq|detector|language|export|all]
 
-Each stage is seeded, saves as it goes and continues where it was killed; on one H200 no stage takes six
+Each stage is seeded, saves as it goes and continues where it was killed; on one H200 no stage takes seven
 minutes.
 `export` writes the checkpoint and the detector into this package's assets (or `--assets FOLDER`).
 """
@@ -35,15 +35,16 @@ class Plan:
     """Sizes of pretraining. `noise` is the share of captions that lie; see `stage.shapes.corpus`."""
 
     seed: int = 0
-    vq_steps: int = 6000
+    vq_steps: int = 5000
     vq_batch: int = 64
-    detector_steps: int = 2000
+    detector_steps: int = 1500
     detector_batch: int = 192
-    bank: int = 400_000
-    noise: float = 0.15
-    language_steps: int = 3000
-    language_batch: int = 768
-    hidden: int = 192
+    bank: int = 600_000
+    noise: float = 0.5
+    language_steps: int = 5000
+    language_batch: int = 2048
+    codes: int = 256
+    hidden: int = 128
     layers: int = 6
 
 
@@ -58,9 +59,7 @@ class Pretraining:
         self.captions = Captions.read(lines, device)
         self.tokenizer = build_tokenizer(self.texts)
         torch.manual_seed(plan.seed)
-        config = build_config(
-            self.world, len(self.tokenizer), plan.hidden, plan.layers, heads=plan.hidden // 32
-        )
+        config = build_config(self.world, len(self.tokenizer), plan.codes, plan.hidden, plan.layers)
         self.model = JanusForConditionalGeneration(config)
         torch.nn.Module.to(self.model, device)
         self.net = ShapeNet().to(device)

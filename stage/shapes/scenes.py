@@ -43,12 +43,15 @@ MAX_OBJECTS = 4
 
 @dataclass(frozen=True)
 class World:
-    """Geometry in pixels: `size` is a multiple of `patch`; radius and offset from a patch centre vary."""
+    """Geometry in pixels: `size` is a multiple of `patch`; radius and offset from a patch centre vary.
+
+    As it stands no object leaves its patch: the widest, a diamond, reaches 1.1 * 6.8 + 0.5 < 8 pixels from the centre.
+    """
 
     size: int = 96
     patch: int = 16
-    radius: tuple[float, float] = (6.4, 7.2)
-    jitter: float = 1.0
+    radius: tuple[float, float] = (6.0, 6.8)
+    jitter: float = 0.5
 
     @property
     def grid(self) -> int:
@@ -61,8 +64,7 @@ class Scenes:
     """N scenes of up to K = MAX_OBJECTS objects.
 
     kind, color int64 `[N, K]` (indices into CLASSES and COLORS), present bool `[N, K]`, center float32 `[N, K, 2]`
-    (x, y in pixels), radius float32 `[N, K]`, background float32 `[N, 3]` (0 to 255), tint float32 `[N, K, 3]` (a small
-    shift of each object's colour).
+    (x, y in pixels), radius float32 `[N, K]`, tone int64 `[N]` (index into BACKGROUNDS).
     """
 
     kind: Tensor
@@ -70,11 +72,15 @@ class Scenes:
     present: Tensor
     center: Tensor
     radius: Tensor
-    background: Tensor
-    tint: Tensor
+    tone: Tensor
 
     def __len__(self) -> int:
         return self.kind.shape[0]
+
+    @property
+    def background(self) -> Tensor:
+        """Colour of each background, float32 `[N, 3]`, 0 to 255."""
+        return torch.tensor(BACKGROUNDS, dtype=torch.float32, device=self.tone.device)[self.tone]
 
     def boxes(self) -> Tensor:
         """Bounding boxes `[N, K, 4]` as (x0, y0, x1, y1) in pixels."""
@@ -124,7 +130,7 @@ def render(scenes: Scenes, world: World) -> Tensor:
         distance = _distances(x, y, scenes.radius[:, k, None, None])
         index = scenes.kind[:, k].view(1, -1, 1, 1).expand(1, -1, world.size, world.size)
         alpha = (0.5 - distance.gather(0, index)[0]).clamp(0, 1) * scenes.present[:, k, None, None]
-        ink = (palette[scenes.color[:, k]] + scenes.tint[:, k])[:, None, None, :]
+        ink = palette[scenes.color[:, k]][:, None, None, :]
         canvas = canvas + alpha[..., None] * (ink - canvas)
     return canvas.round().clamp(0, 255).to(torch.uint8)
 
@@ -149,7 +155,7 @@ def place(count: int, objects: int, world: World, generator: torch.Generator, de
 def dress(
     kind: Tensor, color: Tensor, present: Tensor, cells: Tensor, world: World, generator: torch.Generator
 ) -> Scenes:
-    """Adds to classes, colours and cells (each `[N, K]`) what captions leave open: jitter, size, background, tint."""
+    """Adds to classes, colours and cells (each `[N, K]`) what captions leave open: jitter, size, background."""
     device, (count, objects) = kind.device, kind.shape
 
     def uniform(*shape: int) -> Tensor:
@@ -158,14 +164,33 @@ def dress(
     corner = torch.stack([cells % world.grid, cells // world.grid], dim=-1).float()
     center = (corner + 0.5) * world.patch + (2 * uniform(count, objects, 2) - 1) * world.jitter
     low, high = world.radius
-    tones = torch.tensor(BACKGROUNDS, dtype=torch.float32, device=device)
-    tone = torch.randint(len(BACKGROUNDS), (count,), generator=generator, device=device)
     return Scenes(
         kind=kind,
         color=color,
         present=present,
         center=center,
         radius=low + (high - low) * uniform(count, objects),
-        background=(tones[tone] + 6 * uniform(count, 1) - 3).clamp(0, 255),
-        tint=8 * uniform(count, objects, 3) - 4,
+        tone=torch.randint(len(BACKGROUNDS), (count,), generator=generator, device=device),
     )
+
+
+def scatter(
+    count: int, objects: int, world: World, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Cells `[count, objects]` anywhere, all different; neighbours may touch."""
+    return torch.rand(count, world.grid**2, generator=generator, device=device).argsort(dim=1)[:, :objects]
+
+
+def any_scenes(cells: Tensor, world: World, generator: torch.Generator) -> Scenes:
+    """Scenes of 0 to K objects of every class and colour on the first of `cells` `[N, K]`, held-out combinations too.
+
+    Codec and judge know all combinations, so that a held-out score is about the language model alone.
+    """
+    (count, objects), device = cells.shape, cells.device
+
+    def choice(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator, device=device)
+
+    kind, color = choice(len(CLASSES), count, objects), choice(len(COLORS), count, objects)
+    present = torch.arange(objects, device=device) < choice(objects + 1, count, 1)
+    return dress(kind, color, present, cells, world, generator)

@@ -41,8 +41,9 @@ def resumable(
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in [result] if state["step"] == steps else parts:
             parts[key].load_state_dict(state[key])
-        generator.set_state(state["generator"])
         start = state["step"]
+        if start < steps:
+            generator.set_state(state["generator"])
         print(f"{name}: {start} of {steps} steps done before", flush=True)
     begun = time.monotonic()
     for i in range(start, steps):

@@ -31,7 +31,6 @@ SPECIAL = (
     "<|Assistant|>",
 )
 PAD, BEGIN, END, BOI, EOI, IMAGE = range(6)
-CODES = 1024
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -62,18 +61,16 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(
-    world: World, vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 6
-) -> JanusConfig:
+def build_config(world: World, vocabulary: int, codes: int, hidden: int, layers: int) -> JanusConfig:
     """Sizes of the tiny Janus. The vision tower is a stub: it exists so that the model is a whole Janus."""
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3,
+            intermediate_size=hidden * 3,
             num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32,
             max_position_embeddings=512,
             bos_token_id=BEGIN,
             eos_token_id=END,
@@ -90,7 +87,7 @@ def build_config(
             num_image_tokens=world.grid**2,
         ),
         vq_config=JanusVQVAEConfig(
-            num_embeddings=CODES,
+            num_embeddings=codes,
             latent_channels=64,
             base_channels=32,
             channel_multiplier=[1, 1, 2, 2, 4],

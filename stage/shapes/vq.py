@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from stage.shapes.corpus import crowded
-from stage.shapes.scenes import World, render
+from stage.shapes.scenes import BACKGROUNDS, CLASSES, COLORS, Scenes, World, any_scenes, render, scatter
 from stage.shapes.steps import Stateful, resumable
 
 RATE = 8e-4
+PLAIN = len(BACKGROUNDS)  # contents below this are backgrounds without an object
+CONTENTS = PLAIN + len(CLASSES) * len(COLORS)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -59,14 +60,16 @@ class Codebook(torch.nn.Module):
 
     @torch.no_grad()
     def start(self, latents: Tensor, generator: torch.Generator) -> None:
-        """Places the codes by k-means on unit latents `[M, C]`."""
-        self.weight.copy_(latents[self._pick(latents.new_ones(len(latents)), generator)])
+        """Places the codes by k-means on unit latents `[M, C]`, starting far apart as k-means++ does."""
+        far = latents.new_ones(len(latents))
+        for code in self.weight:
+            code.copy_(latents[torch.multinomial(far.clamp(min=1e-6), 1, generator=generator)[0]])
+            far = torch.minimum(far, 1 - latents @ code)
         for _ in range(20):
             index = (latents @ self.weight.T).argmax(dim=1)
             total = torch.zeros_like(self.weight).index_add_(0, index, latents)
-            empty = total.norm(dim=1) < 1e-6
-            again = latents[self._pick(latents.new_ones(len(latents)), generator)]
-            self.weight.copy_(F.normalize(torch.where(empty[:, None], again, total), dim=1))
+            empty = total.norm(dim=1, keepdim=True) < 1e-6
+            self.weight.copy_(F.normalize(torch.where(empty, self.weight, total), dim=1))
         self.mean.copy_(self.weight / len(self.weight))
         self.share.fill_(1 / len(self.weight))
 
@@ -81,19 +84,33 @@ class Codebook(torch.nn.Module):
         self.share.lerp_(share, 0.02)
         self.mean.lerp_(total, 0.02)
         dead = self.share < 1e-5
-        again = latents[self._pick(distance.clamp(min=1e-6), generator)]
+        chance = distance.clamp(min=1e-6)
+        again = latents[torch.multinomial(chance, len(share), replacement=True, generator=generator)]
         self.mean.copy_(torch.where(dead[:, None], again * 1e-4, self.mean))
         self.share.copy_(torch.where(dead, 1e-4, self.share))
         self.weight.copy_(F.normalize(self.mean, dim=1))
 
-    def _pick(self, chance: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.multinomial(chance, len(self.share), replacement=True, generator=generator)
+
+def contents(scenes: Scenes, cells: Tensor, world: World) -> Tensor:
+    """What each patch shows, int64 `[N * g * g]`: a tone of the background, or PLAIN + class * colours + colour."""
+    tone = scenes.tone[:, None]
+    shown = torch.where(scenes.present, PLAIN + scenes.kind * len(COLORS) + scenes.color, tone)
+    return tone.repeat(1, world.grid**2).scatter_(1, cells, shown).flatten()
+
+
+def share(latents: Tensor, content: Tensor) -> Tensor:
+    """Unit latents `[M, C]` where all plain patches of one tone are replaced by their mean; objects keep their own."""
+    plain, tone = (content < PLAIN)[:, None], content.clamp(max=PLAIN - 1)
+    mean = latents.new_zeros(PLAIN, latents.shape[1]).index_add(0, tone, latents * plain)
+    return torch.where(plain, F.normalize(mean, dim=1)[tone], latents)
 
 
 class VQTraining:
     """The state of training: L1 + 2 L2 with objects and their rim weighted six times.
 
-    The first sixth of the steps runs without quantisation, see `Codebook`.
+    The first sixth of the steps runs without quantisation, see `Codebook`. All patches without an object share one
+    latent for each tone of background. Left to itself the codec hides what an object is in the codes of the plain
+    patches around it; a policy then has to get a whole picture of noise right, and no reward can teach it that.
     """
 
     def __init__(
@@ -103,8 +120,15 @@ class VQTraining:
         self.world, self.batch, self.generator, self.warm = world, batch, generator, steps // 6
         self.device = next(model.parameters()).device
         self.codebook = Codebook(*model.quantize.embedding.weight.shape).to(self.device)
+        # Reads class and colour from a code, so that no code stands for two of them. Dropped after training.
+        self.probe = torch.nn.Linear(model.quantize.embedding.weight.shape[1], CONTENTS, device=self.device)
+        self.rarity = torch.tensor([1.0] * PLAIN + [6.0] * (CONTENTS - PLAIN), device=self.device)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+            [*model.parameters(), *self.probe.parameters()],
+            lr=RATE,
+            betas=(0.9, 0.95),
+            weight_decay=1e-4,
+            fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, RATE, total_steps=steps + 1, pct_start=0.05
@@ -114,29 +138,30 @@ class VQTraining:
         self.encoder = torch.compile(model.encoder) if compiled else model.encoder
         self.decoder = torch.compile(model.decoder) if compiled else model.decoder
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Pixels `[N, 3, H, W]` of fresh scenes, and where their ink and its rim are, float `[N, 1, H, W]`."""
-        scenes = crowded(self.batch, 8, self.world, self.generator, self.device)
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels `[N, 3, H, W]` of fresh scenes, where ink and its rim are, float `[N, 1, H, W]`, contents."""
+        cells = scatter(self.batch, 8, self.world, self.generator, self.device)
+        scenes = any_scenes(cells, self.world, self.generator)
         pixels = to_pixels(render(scenes, self.world)).contiguous(memory_format=torch.channels_last)
         background = scenes.background[:, :, None, None] / 127.5 - 1
         ink = ((pixels - background).abs().amax(dim=1, keepdim=True) > 0.05).float()
         # The rim counts as ink: what tells a diamond from a circle is the background at its corners.
-        return pixels, F.max_pool2d(ink, 7, stride=1, padding=3)
+        return pixels, F.max_pool2d(ink, 7, stride=1, padding=3), contents(scenes, cells, self.world)
 
     def look(self, pixels: Tensor, encoder: Callable[[Tensor], Tensor]) -> Tensor:
-        """Unit latents `[N * g * g, C]`."""
+        """Unit latents `[N * g * g, C]`, each as the encoder sees it."""
         latents = F.normalize(self.model.quant_conv(encoder(pixels)).float(), dim=1)
         return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
     def place_codes(self) -> None:
         """Starts the codebook. Most patches are plain background: objects get the larger part of the codes."""
         found = []
-        for _ in range(16):
-            pixels, ink = self.draw()
-            inked = F.avg_pool2d(ink, self.world.patch).flatten() > 0.5
-            chosen = inked | (torch.rand(inked.shape, generator=self.generator, device=self.device) < 0.1)
+        for _ in range(32):
+            pixels, _, content = self.draw()
             with torch.no_grad():
-                found.append(self.look(pixels, self.model.encoder)[chosen])
+                latents = share(self.look(pixels, self.model.encoder), content)
+            rare = torch.rand(content.shape, generator=self.generator, device=self.device) < 0.02
+            found.append(latents[(content >= PLAIN) | rare])
         self.codebook.start(torch.cat(found), self.generator)
 
     def quantize(self, latents: Tensor, warm: bool) -> tuple[Tensor, Tensor]:
@@ -155,32 +180,41 @@ class VQTraining:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if i == self.warm:
                 self.place_codes()
-            pixels, ink = self.draw()
+            pixels, ink, content = self.draw()
             latents = self.look(pixels, self.encoder)
-            given, codes = self.quantize(latents, i < self.warm)
+            given, codes = self.quantize(share(latents, content), i < self.warm)
+            named = F.cross_entropy(self.probe(10 * given).float(), content, weight=self.rarity)
             given = given.view(self.batch, self.world.grid, self.world.grid, -1).permute(0, 3, 1, 2)
             output = self.decoder(self.model.post_quant_conv(given)).float()
         error = output - pixels
         fit = ((1 + 5 * ink) * (error.abs() + 2 * error.square())).mean()
+        # Each latent by itself, so that the encoder finds the shared code from one picture. Not before there are
+        # codes: commitment to moving means pulled everything into one point.
         commitment = (latents - codes).square().sum(dim=1).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        (fit + (0.1 * commitment if i >= self.warm else 0)).backward()
+        (fit + 0.05 * named + (0.2 * commitment if i >= self.warm else 0)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.model.quantize.embedding.weight.data.copy_(self.codebook.weight)
         alive = (self.codebook.share > 2e-5).float().mean()
-        return {"loss": fit.detach(), "commitment": commitment.detach(), "codes_used": alive}
+        return {
+            "loss": fit.detach(),
+            "named": named.detach(),
+            "commitment": commitment.detach(),
+            "codes_used": alive,
+        }
 
 
 def train_vq(
     model: JanusVQVAE, world: World, folder: Path, steps: int, batch: int, generator: torch.Generator
 ) -> None:
-    """Trains `model` in place on crowded scenes."""
+    """Trains `model` in place on scenes of up to eight objects: much ink to learn from."""
     work = VQTraining(model, world, steps, batch, generator)
     parts: dict[str, Stateful] = {
         "model": model,
         "codebook": work.codebook,
+        "probe": work.probe,
         "optimizer": work.optimizer,
         "schedule": work.schedule,
     }

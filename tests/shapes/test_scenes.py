@@ -7,19 +7,29 @@ import math
 import pytest
 import torch
 
-from stage.shapes.scenes import BACKGROUNDS, CLASSES, COLORS, RGB, Scenes, World, place, render
+from stage.shapes.scenes import (
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    RGB,
+    Scenes,
+    World,
+    any_scenes,
+    place,
+    render,
+    scatter,
+)
 
 
 def one(kind: str, radius: float = 7.0, center: tuple[float, float] = (40.0, 56.0)) -> Scenes:
-    """A single untinted red object on the first background."""
+    """A single red object on the first background."""
     return Scenes(
         kind=torch.tensor([[CLASSES.index(kind)]]),
         color=torch.tensor([[COLORS.index("red")]]),
         present=torch.tensor([[True]]),
         center=torch.tensor([[center]]),
         radius=torch.tensor([[radius]]),
-        background=torch.tensor([BACKGROUNDS[0]], dtype=torch.float32),
-        tint=torch.zeros(1, 1, 3),
+        tone=torch.tensor([0]),
     )
 
 
@@ -72,7 +82,6 @@ def test_absent_objects_leave_a_plain_background() -> None:
 
 
 def test_backgrounds_are_far_from_every_colour() -> None:
-    # Tint (4 levels) and tone (3) cannot bring a background to a colour: each pair differs by 40 levels somewhere.
     gaps = [
         max(abs(a - b) for a, b in zip(tone, ink_rgb, strict=True)) for tone in BACKGROUNDS for ink_rgb in RGB
     ]
@@ -85,3 +94,21 @@ def test_objects_hardly_ever_touch() -> None:
     gap = torch.maximum((row[:, :, None] - row[:, None]).abs(), (column[:, :, None] - column[:, None]).abs())
     touching = (gap + 9 * torch.eye(4, dtype=gap.dtype) < 2).any(dim=(1, 2))
     assert touching.float().mean() < 0.003  # unplaced at random, two in three would
+
+
+def test_an_object_stays_in_its_patch() -> None:
+    cells = scatter(2000, 8, World(), torch.Generator().manual_seed(6), torch.device("cpu"))
+    assert all(len(set(row)) == 8 for row in cells.tolist())
+    scenes = any_scenes(cells, World(), torch.Generator().manual_seed(7))
+    corner = 16.0 * torch.stack([cells % 6, cells // 6], dim=-1)
+    boxes = scenes.boxes()
+    assert (boxes[..., :2] >= corner).all()
+    assert (boxes[..., 2:] <= corner + 16).all()
+
+
+def test_any_scenes_show_all_combinations_and_counts() -> None:
+    cells = scatter(2000, 4, World(), torch.Generator().manual_seed(8), torch.device("cpu"))
+    scenes = any_scenes(cells, World(), torch.Generator().manual_seed(9))
+    shown = (scenes.kind * len(COLORS) + scenes.color)[scenes.present]
+    assert len(shown.unique()) == 60
+    assert scenes.present.sum(dim=1).unique().tolist() == [0, 1, 2, 3, 4]
