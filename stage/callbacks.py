@@ -227,6 +227,35 @@ class Progress(RichProgressBar):
         return "  ".join([f"update {module.update}/{module.updates}", *metrics, clock])
 
 
+class EntropyWatch(Callback):
+    """Says once when the entropy reward has been without effect for many updates in a row.
+
+    It compares the best samples of a group, so it is zero where each group has a single best one: rewards that are
+    never equal, or groups that are too small.
+
+    Args:
+        patience: updates in a row without an active group.
+    """
+
+    METRIC = "reward/entropy_active_groups"
+
+    def __init__(self, *, patience: int) -> None:
+        self.patience = check_every(patience, "callbacks.entropy_watch")
+        self.idle = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.idle = self.idle + 1 if pl_module.latest.get(self.METRIC) == 0 else 0
+        if self.idle == self.patience and trainer.is_global_zero:
+            print(
+                f"warning: the entropy reward did nothing in {self.patience} updates: no group had two samples with "
+                "the best reward. Give a reward with ties, a larger group_size, or algorithm.entropy_coefficient=0.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 class CleanStop(Callback):
     """Ctrl-C or SIGTERM: finish the update, save, stop. A second Ctrl-C abandons the update at once.
 

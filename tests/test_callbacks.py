@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from stage.callbacks import CleanStop, ImageGrid, Progress, Validation, grid
+from stage.callbacks import CleanStop, EntropyWatch, ImageGrid, Progress, Validation, grid
 from stage.checkpoints import Checkpoints
 from stage.loggers import MetricsFile, read_metrics
 from stage.module import StageModule
@@ -292,6 +292,22 @@ def test_progress_is_printed_where_there_is_no_terminal(
     trainer.fit(tiny_module(base, updates=3))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["update 1/3", "update 2/3", "update 3/3"]
+
+
+def test_an_entropy_reward_without_effect_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch, trainer = EntropyWatch(patience=3), SimpleNamespace(is_global_zero=True)
+
+    def after(*shares: float | None) -> str:
+        for share in shares:
+            latest = {} if share is None else {EntropyWatch.METRIC: share}
+            watch.on_train_batch_end(trainer, SimpleNamespace(latest=latest), None, None, 0)  # type: ignore[arg-type]
+        return capsys.readouterr().err
+
+    assert after(0.0, 0.0, 0.1, 0.0, 0.0) == ""  # three in all, never three in a row
+    assert "did nothing in 3 updates" in after(0.0)
+    assert after(0.0, 0.0, 0.0) == ""
+    watch = EntropyWatch(patience=1)
+    assert after(None, None) == ""  # the switch is off: there is no such metric
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 
 from stage.report.read import Run
 
-PER_RUN = ("output", "name", "resume")  # settings that say where a run lies, not what it is
+# Settings that say where a run lies or who watches it, not what it is.
+PER_RUN = ("output", "name", "resume", "logger", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     seed, output = config["seed"], str(config.get("output", "\0"))
     for name, value in _flat(config, ""):
         seeded = name.rpartition(".")[2] == "seed" and value == seed
-        if name not in PER_RUN and not seeded and not str(value).startswith(output):
+        if name.partition(".")[0] not in PER_RUN and not seeded and not str(value).startswith(output):
             yield name, repr(value)
 
 

@@ -48,6 +48,14 @@ def test_runs_that_differ_in_more_are_told_apart(tmp_path: Path) -> None:
     assert labels == ["grpo, optimizer.lr=0.0001", "grpo, optimizer.lr=0.0002", "stage"]
 
 
+def test_loggers_and_callbacks_only_watch(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / "a", "grpo", 1, logger={"csv": 1}, callbacks={"progress": {"every": 5}}),
+        write(tmp_path / "b", "grpo", 2, logger={"wandb": 1}, callbacks={"progress": {"every": 1}}),
+    ]
+    assert [group.label for group in group_runs([read_run(run) for run in runs])] == ["grpo"]
+
+
 def test_a_seed_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     folders = [write(tmp_path / name, "grpo", 0) for name in ("a", "b")]
     with pytest.raises(ValueError, match="same settings and the same seed 0; give one of them"):
