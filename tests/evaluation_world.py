@@ -17,16 +17,9 @@ from stage.policy.janus import load_policy
 from stage.training_checkpoint import POLICY, trained_names, weights_sha256
 from tests.benchmarks.example import PLAIN, TEXTS
 from tests.policy.tiny_model import build_tiny_janus
+from tests.tiny_training import FROZEN
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-FREEZE = [
-    "vision_model",
-    "aligner",
-    "vqmodel",
-    "generation_embeddings",
-    "generation_aligner",
-    "generation_head",
-]
 SAMPLER = {"_target_": "stage.policy.sampler.Sampler", "guidance_scale": 2.0, "temperature": 1.0}
 
 
@@ -89,14 +82,14 @@ def model(world: World) -> dict[str, Any]:
             "suffix": "",
         },
         "dtype": "float32",
-        "freeze": FREEZE,
+        "freeze": list(FROZEN),
         "gradient_checkpointing": False,
     }
 
 
 def write_run(world: World, seed: int = 0, **changed: Any) -> None:
     """A run folder as training leaves it: metrics, configuration and a checkpoint with other language weights."""
-    policy = load_policy(str(world.base), PLAIN, "float32", FREEZE, False)
+    policy = load_policy(str(world.base), PLAIN, "float32", list(FROZEN), False)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():  # a tied weight is there once

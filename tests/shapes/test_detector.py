@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stage.policy.janus import load_policy
+from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.template import Template
 from stage.shapes.corpus import Captions, sample
 from stage.shapes.detector import ShapeDetector
@@ -77,33 +77,39 @@ def test_half_an_object_is_none(judge: ShapeDetector) -> None:
     assert agreement(judge, images, kept) >= 0.9
 
 
-def reconstruct(scenes: Scenes) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def policy() -> JanusPolicy:
+    """The shipped model, for its codec."""
+    return load_policy(f"{ASSETS}/tiny_janus", Template("plain", "", ""), "float32", ["vqmodel"], False)
+
+
+def reconstruct(policy: JanusPolicy, scenes: Scenes) -> torch.Tensor:
     """Pictures of the scenes through the shipped codec and back."""
-    policy = load_policy(f"{ASSETS}/tiny_janus", Template("plain", "", ""), "float32", ["vqmodel"], False)
     tokens = encode(policy.model.model.vqmodel, render(scenes, WORLD))
     return policy.decode(tokens[None])[0]
 
 
-def test_agrees_on_reconstructions_of_corpus_scenes(judge: ShapeDetector) -> None:
+def test_agrees_on_reconstructions_of_corpus_scenes(judge: ShapeDetector, policy: JanusPolicy) -> None:
     captions = Captions.read(splits()["corpus"], CPU)
     generator = torch.Generator().manual_seed(2**40 + 3)
     index = torch.randint(len(captions.count), (160,), generator=generator)
     scenes, _ = sample(captions, index, 0.0, WORLD, generator)
-    assert agreement(judge, reconstruct(scenes), scenes) >= 0.97
+    assert agreement(judge, reconstruct(policy, scenes), scenes) >= 0.97
 
 
 @pytest.mark.parametrize("spread", [place, scatter])
-def test_agrees_on_reconstructions_of_all_combinations(judge: ShapeDetector, spread: Callable) -> None:
+def test_agrees_on_reconstructions_of_all_combinations(
+    judge: ShapeDetector, policy: JanusPolicy, spread: Callable
+) -> None:
     generator = torch.Generator().manual_seed(2**40 + 6)
     scenes = any_scenes(spread(160, 4, WORLD, generator, CPU), WORLD, generator)
-    assert agreement(judge, reconstruct(scenes), scenes) >= 0.97
+    assert agreement(judge, reconstruct(policy, scenes), scenes) >= 0.97
 
 
-def test_plain_patches_of_a_picture_share_one_code() -> None:
+def test_plain_patches_of_a_picture_share_one_code(policy: JanusPolicy) -> None:
     generator = torch.Generator().manual_seed(2**40 + 7)
     cells = scatter(96, 6, WORLD, generator, CPU)
     scenes = any_scenes(cells, WORLD, generator)
-    policy = load_policy(f"{ASSETS}/tiny_janus", Template("plain", "", ""), "float32", ["vqmodel"], False)
     tokens = encode(policy.model.model.vqmodel, render(scenes, WORLD)).flatten()
     shown = contents(scenes, cells, WORLD)
     for tone in range(PLAIN):
