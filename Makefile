@@ -79,5 +79,5 @@ $(CORE): pyproject.toml constraints.txt | $(PY)
 
 $(DEV): pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): about 6 GB, most of it PyTorch; minutes the first time"
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,geneval,lora,ocr]'
 	@touch $(CORE) $@
