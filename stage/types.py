@@ -31,7 +31,7 @@ class Prompt:
     """One line of a prompt file.
 
     `id` identifies the prompt wherever randomness is keyed by it; it does not depend on batch or rank.
-    `metadata` is the line in GenEval's schema (`tag`, `include`, `exclude`, `prompt`).
+    `metadata` is the line as it was read: in GenEval's schema (`tag`, `include`, `exclude`, `prompt`) or another.
     """
 
     id: int
@@ -169,7 +169,8 @@ class TextReader(Protocol):
     `provenance` is what results record of it: the name of the engine and the sha256 of each weight file.
     """
 
-    provenance: Mapping[str, Any]
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
 
     def read(self, images: np.ndarray) -> list[tuple[str, ...]]: ...
 

@@ -17,7 +17,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint"),
     ("stage.objective.*",),
-    ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
+    ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject",),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),

@@ -67,7 +67,7 @@ def test_folders_of_models(folders: tuple[Path, Path]) -> None:
 
 def test_folders_without_an_alphabet(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     with pytest.raises(ValueError, match="names its letters in the metadata"):
-        model_folders(*[folders[0] / "inference.onnx"] * 2, tmp_path)
+        model_folders(folders[0] / "inference.onnx", folders[0] / "inference.onnx", tmp_path)
 
 
 def test_both_engines_read_the_same(folders: tuple[Path, Path], tmp_path: Path) -> None:

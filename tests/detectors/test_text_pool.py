@@ -24,7 +24,7 @@ class Corner:
         self.prefix, self.provenance = prefix, {"engine": prefix}
 
     def read(self, images: np.ndarray) -> list[tuple[str, ...]]:
-        found = []
+        found: list[tuple[str, ...]] = []
         for image in images:
             value = int(image[0, 0, 0])
             if value == 255:

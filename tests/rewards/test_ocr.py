@@ -24,7 +24,7 @@ class Told:
 
     def __init__(self, answers: Sequence[tuple[str, ...]] = ()) -> None:
         self.answers: list[tuple[str, ...]] = [("STAGE",), ("CAT",), *answers]
-        self.provenance = {"engine": "told"}
+        self.provenance: dict[str, Any] = {"engine": "told"}
         self.given: list[np.ndarray] = []
 
     def read(self, images: np.ndarray) -> list[tuple[str, ...]]:
