@@ -22,14 +22,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
+    ("stage.module", "stage.callbacks", "stage.alarms", "stage.checkpoints", "stage.speed", "stage.launch"),
     ("train", "evaluate", "stage.sample"),
 )
 
 # Folders whose files build on one another, lowest step first; `*` is every file not named. Files of one step
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
-    "stage.objective": ("*", "objective"),
+    "stage.objective": ("*", "parts", "objective"),
     "stage.detectors": ("*", "paddle_models"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
     "stage.rewards": ("*", "combine remote"),
