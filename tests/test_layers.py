@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
     ("stage.module", "stage.callbacks", "stage.alarms", "stage.checkpoints", "stage.speed", "stage.launch"),
-    ("train", "evaluate", "stage.sample"),
+    ("train", "evaluate", "stage.sample", "stage.prompts"),
 )
 
 # Folders whose files build on one another, lowest step first; `*` is every file not named. Files of one step
