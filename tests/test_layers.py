@@ -31,7 +31,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
-    "stage.rewards": ("batches grid mentions pixels weights", "tower", "*", "combine remote selfcheck"),
+    "stage.rewards": (
+        "batches grid mentions pixels weights",
+        "grounding tower",
+        "*",
+        "combine remote selfcheck",
+    ),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
     "stage.shapes": (

@@ -63,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=48,
         max_position_embeddings=40,
         initializer_range=0.4,
-        bos_token_id=2,
-        eos_token_id=3,
+        bos_token_id=101,
+        eos_token_id=102,
     )
     GitForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, 40)

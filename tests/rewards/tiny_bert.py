@@ -7,25 +7,19 @@ from pathlib import Path
 from typing import Any
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Where bert-base-uncased has them: GroundingDINO knows the numbers of the first seven by heart.
+PLACES = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
+WORDS = ("yes", "no", "cat", "dog", "red", "blue", "car", "zebra", "photo", "two", "of", "tape", "roll")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDS = (
-    ".",
-    "?",
-    "yes",
-    "no",
-    "cat",
-    "dog",
-    "red",
-    "blue",
-    "car",
-    "zebra",
-    "photo",
-    "two",
-    "of",
-    "tape",
-    "roll",
-)
-VOCABULARY = (*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS))
+
+
+def _vocabulary() -> tuple[str, ...]:
+    numbers = {number: word for word, number in PLACES.items()}
+    first = [numbers.get(number, f"[unused{number}]") for number in range(1030)]
+    return (*first, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS))
+
+
+VOCABULARY = _vocabulary()
 
 
 def save_tokenizer(folder: Path, max_length: int = 512) -> None:
