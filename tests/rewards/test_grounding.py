@@ -99,7 +99,7 @@ def test_the_published_suppression_takes_centres_for_corners() -> None:
 
 def test_relations_that_cannot_be_scored() -> None:
     RULES.check(spatial("near"))
-    with pytest.raises(ValueError, match="a locality is one of next to.*got 'behind'"):
+    with pytest.raises(ValueError, match=r"a locality is one of next to.*got 'behind'"):
         RULES.check(spatial("behind"))
     with pytest.raises(ValueError, match="'cat' twice"):
         RULES.check(Mentions("spatial", ("cat",), None, Relation("cat", "cat", "near"), ()))
