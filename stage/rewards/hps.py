@@ -18,7 +18,8 @@ class HPSReward:
     """Cosine between image and prompt, in [-1, 1]; generated images lie around 0.2 to 0.35.
 
     Source: arXiv 2306.09341; tgxs002/HPSv2 hpsv2/img_score.py, krennic999/STAGE src/grpo/src/utils/reward_hps.py.
-    Like both it is the plain cosine, not multiplied by the temperature (100).
+    Like both it is the plain cosine, not multiplied by the temperature (100). The whole picture is seen, with black
+    around it where it is no square, resized as floating point numbers (hpsv2/src/open_clip/transform.py).
 
     Departures:
         1. All images of a call go through the tower in batches, and each prompt once, instead of pair by pair.
@@ -34,7 +35,7 @@ class HPSReward:
     def __init__(
         self, path: str, revision: str | None, architecture: str, device: str, dtype: str, batch_size: int
     ) -> None:
-        self.tower = shared_tower(path, revision, HOME, architecture, device, dtype, batch_size)
+        self.tower = shared_tower(path, revision, HOME, architecture, device, dtype, batch_size, whole=True)
         self.provenance = self.tower.provenance
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

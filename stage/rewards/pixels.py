@@ -21,15 +21,19 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}
 class Pixels:
     """Preprocessing of a model, after the published one on Pillow images.
 
-    Departures: 1. All pictures are resized at once on the device of the model, as uint8 with antialiasing; a
-    pixel differs from Pillow's by one level of 255 at most. Sizes round as in torchvision.
+    Departures:
+        1. All pictures are resized at once on the device of the model, as uint8 with antialiasing; a pixel
+           differs from Pillow's by one level of 255 at most. Sizes round as in torchvision.
+        2. Where `longest` decides, the longer side gets exactly that; some published code rounds twice and may
+           lose a pixel.
 
     Args:
         side: length of the shorter side after resizing, in pixels.
         longest: limit of the longer side, which then decides instead; None for none.
-        crop: side of the square cut from the middle; None for the whole picture.
+        crop: side of the square cut from the middle, filled up with black; None for the whole picture.
         mode: `bilinear` or `bicubic`.
         mean, std: of the colours, in [0, 1].
+        rounded: resized pixels are whole levels, as Pillow makes them. False: fractions, resized as tensors are.
     """
 
     side: int
@@ -38,12 +42,14 @@ class Pixels:
     mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    rounded: bool = True
 
     def __call__(self, pictures: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Pictures uint8 `[N, H, W, 3]` to `[N, 3, h, w]` of the given dtype on the given device."""
         found = pictures.to(device).permute(0, 3, 1, 2)
         size = self.size(found.shape[-2], found.shape[-1])
         if size != found.shape[-2:]:
+            found = found if self.rounded else found.float()
             found = functional.resize(found, list(size), interpolation=MODES[self.mode], antialias=True)
         if self.crop is not None:
             found = functional.center_crop(found, [self.crop, self.crop])
@@ -52,10 +58,11 @@ class Pixels:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
-        side, short, long = self.side, min(height, width), max(height, width)
-        if self.longest is not None and side * long / short > self.longest:
-            side = round(self.longest * short / long)
-        other = int(side * long / short)
+        short, long = min(height, width), max(height, width)
+        if self.longest is not None and self.side * long / short > self.longest:
+            side, other = round(self.longest * short / long), self.longest
+        else:
+            side, other = self.side, int(self.side * long / short)
         return (side, other) if height <= width else (other, side)
 
 

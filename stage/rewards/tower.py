@@ -32,6 +32,8 @@ class Tower:
             (OpenAI's) need a name that ends in `-quickgelu`.
         device, dtype: of the model. Features are float32.
         batch_size: most images of one forward pass.
+        whole: the longer side of a picture fits in and black fills the square, resized in fractions of a level;
+            else the square in its middle, resized as Pillow does.
 
     Raises:
         FileNotFoundError, ValueError: weights are missing or do not fit, see `stage.rewards.weights`.
@@ -46,6 +48,7 @@ class Tower:
         device: str,
         dtype: str,
         batch_size: int,
+        whole: bool,
     ) -> None:
         import open_clip
 
@@ -61,7 +64,7 @@ class Tower:
         weights.fill(model, {name: value for name, value in state.items() if name not in NO_WEIGHTS}, file)
         self.model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(architecture)
-        self.pixels = _pixels(open_clip.get_model_preprocess_cfg(model))
+        self.pixels = _pixels(open_clip.get_model_preprocess_cfg(model), whole)
         self.provenance = {
             **weights.provenance(file, path, revision),
             "architecture": architecture,
@@ -120,17 +123,24 @@ def _untrained(architecture: str) -> Any:
         logging.disable(before)
 
 
-def _pixels(config: dict[str, Any]) -> Pixels:
-    """The preprocessing of open_clip's configuration: shorter side to the input size, and its middle."""
+def _pixels(config: dict[str, Any], whole: bool) -> Pixels:
+    """The preprocessing of open_clip's configuration; `whole` as in `Tower`."""
     size = config["size"]
     side = size if isinstance(size, int) else size[0]
     if config["resize_mode"] != "shortest" or (not isinstance(size, int) and size[0] != size[1]):
         raise ValueError(
-            f"a tower sees the square in the middle of a picture, this one wants size {size} in mode "
-            f"{config['resize_mode']!r}; choose another architecture"
+            f"a tower sees squares, this one wants size {size} in mode {config['resize_mode']!r}; choose another "
+            f"architecture"
         )
-    mode = config["interpolation"]
-    return Pixels(side, None, side, mode, tuple(config["mean"]), tuple(config["std"]))
+    return Pixels(
+        side=side,
+        longest=side if whole else None,
+        crop=side,
+        mode=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        rounded=not whole,
+    )
 
 
 _TOWERS: weakref.WeakValueDictionary[tuple[Any, ...], Tower] = weakref.WeakValueDictionary()
@@ -144,11 +154,13 @@ def shared_tower(
     device: str,
     dtype: str,
     batch_size: int,
+    whole: bool = False,
 ) -> Tower:
     """The tower for these arguments: the one that is in use already, or else a new one. See `Tower`."""
-    key = (path, revision, home, architecture, device, dtype)
+    key = (path, revision, home, architecture, device, dtype, whole)
     tower = _TOWERS.get(key)
     if tower is None:
-        tower = _TOWERS[key] = Tower(path, revision, home, architecture, device, dtype, batch_size)
+        tower = Tower(path, revision, home, architecture, device, dtype, batch_size, whole)
+        _TOWERS[key] = tower
     tower.batches.size = min(tower.batches.size, Batches(batch_size, architecture).size)
     return tower

@@ -16,7 +16,7 @@ from stage.rewards.hps import HPSReward
 from stage.rewards.tower import shared_tower
 from stage.rewards.weights import sha256
 from stage.types import Prompt, Scorer
-from tests.rewards.tiny_towers import PROMPTS, by_hand, pictures, tiny_clip
+from tests.rewards.tiny_towers import PROMPTS, by_hand, open_clip_pixels, pictures, tiny_clip
 
 SETTINGS: dict[str, Any] = {"revision": None, "device": "cpu", "dtype": "float32", "batch_size": 4}
 
@@ -34,19 +34,33 @@ def reward(file: Path, **changes: Any) -> HPSReward:
     return HPSReward(**{**SETTINGS, "path": str(file), "architecture": "tiny-clip", **changes})
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 48), (40, 56)])
+def hps_pixels(image: torch.Tensor) -> torch.Tensor:
+    """One image `[H, W, 3]` as HPSv2 has it: to a tensor, the longer side to 32, black around it, CLIP's colours."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import normalize, pad, resize, to_tensor
+
+    height, width = image.shape[:2]
+    scale = 32 / max(height, width)
+    size = [round(height * scale), round(width * scale)]
+    found = to_tensor(image.numpy())
+    if scale != 1:
+        found = resize(found, size, InterpolationMode.BICUBIC)
+    left, top = (32 - size[1]) // 2, (32 - size[0]) // 2
+    found = pad(found, [left, top, 32 - size[1] - left, 32 - size[0] - top])
+    return normalize(found, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (40, 57), (57, 40)])
 def test_scores_are_the_cosines_of_open_clip(hps: tuple[Any, Path], size: tuple[int, int]) -> None:
     model, file = hps
     images = pictures(3, 2, *size)
     scorer = reward(file)
     assert isinstance(scorer, Scorer)
     scores = scorer(images, PROMPTS)
-    expected = by_hand(model, "tiny-clip", images, [prompt.text for prompt in PROMPTS])
-    # Without resizing the pixels are the same; with it they differ by one level of 255 at most.
-    tolerance = 1e-5 if size == (32, 32) else 4e-3
+    expected = by_hand(model, "tiny-clip", images, [prompt.text for prompt in PROMPTS], hps_pixels)
     assert scores.parts.shape == (3, 2, 1) and scores.names == ("score",) and scores.weights == (1.0,)
-    torch.testing.assert_close(scores.parts[..., 0].double(), expected, atol=tolerance, rtol=0)
-    assert expected.std() > 10 * tolerance
+    torch.testing.assert_close(scores.parts[..., 0].double(), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 1e-2
     assert scores.reasons[1][0] == f"HPSv2.1 {scores.parts[1, 0, 0].item():.4f}"
 
 
@@ -149,17 +163,23 @@ def test_the_real_towers_see_what_is_published() -> None:
     assert open_clip.get_pretrained_cfg("ViT-L-14-quickgelu", "openai")["quick_gelu"]
 
 
-def test_clip_score(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (40, 57)])
+def test_clip_score(tmp_path: Path, size: tuple[int, int]) -> None:
     """OpenAI's weights need QuickGELU: the same file under the other name scores otherwise."""
-    model = tiny_clip(tmp_path / "configs", "tiny-clip-quickgelu", quick_gelu=True, seed=3)
+    name = "tiny-clip-quickgelu"
+    model = tiny_clip(tmp_path / "configs", name, quick_gelu=True, seed=3)
     tiny_clip(tmp_path / "configs", "tiny-clip", seed=3)
     save_file(
         {**model.state_dict(), "context_length": torch.tensor(77)}, tmp_path / "open_clip_model.safetensors"
     )
-    images = pictures(3, 2, 32, 32)
-    scores = ClipReward(path=str(tmp_path), architecture="tiny-clip-quickgelu", **SETTINGS)(images, PROMPTS)
-    expected = by_hand(model, "tiny-clip-quickgelu", images, [prompt.text for prompt in PROMPTS])
-    torch.testing.assert_close(scores.parts[..., 0].double(), expected, atol=1e-5, rtol=0)
+    images = pictures(3, 2, *size)
+    scores = ClipReward(path=str(tmp_path), architecture=name, **SETTINGS)(images, PROMPTS)
+    texts = [prompt.text for prompt in PROMPTS]
+    expected = by_hand(model, name, images, texts, open_clip_pixels(name))
+    # Without resizing the pixels are the same; with it they differ by one level of 255 at most.
+    tolerance = 1e-5 if size == (32, 32) else 4e-3
+    torch.testing.assert_close(scores.parts[..., 0].double(), expected, atol=tolerance, rtol=0)
+    assert expected.std() > 10 * tolerance
     other = ClipReward(path=str(tmp_path), architecture="tiny-clip", **SETTINGS)(images, PROMPTS)
     assert (other.parts - scores.parts).abs().max() > 1e-4
 
@@ -169,7 +189,7 @@ def test_a_tower_nobody_uses_is_freed(hps: tuple[Any, Path]) -> None:
 
     scorer = reward(hps[1], revision="only here")
     keys = [key for key in tower._TOWERS if key[1] == "only here"]
-    assert len(keys) == 1 and shared_tower(*keys[0], batch_size=4) is scorer.tower
+    assert len(keys) == 1 and shared_tower(*keys[0][:-1], batch_size=4, whole=True) is scorer.tower
     del scorer
     gc.collect()
     assert keys[0] not in tower._TOWERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,31 @@ def tiny_clip(folder: Path, name: str = "tiny-clip", quick_gelu: bool = False, s
     return model.eval()
 
 
-def by_hand(model: Any, name: str, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-    """Cosines `[P, G]`, pair by pair through open_clip's own transform of Pillow images, in float64 at the end."""
+def open_clip_pixels(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """open_clip's own transform: one image `[H, W, 3]` through Pillow to `[3, 32, 32]`."""
     import open_clip
     from PIL import Image
 
-    _, transform = open_clip.create_model_and_transforms(name, pretrained=None)[1:]
+    transform = open_clip.create_model_and_transforms(name, pretrained=None)[2]
+    return lambda image: transform(Image.fromarray(image.numpy()))
+
+
+def by_hand(
+    model: Any,
+    name: str,
+    images: torch.Tensor,
+    texts: list[str],
+    pixels: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Cosines `[P, G]`, pair by pair, in float64 at the end."""
+    import open_clip
+
     tokenizer = open_clip.get_tokenizer(name)
     found = torch.zeros(images.shape[:2], dtype=torch.float64)
     with torch.no_grad():
         for p in range(images.shape[0]):
             text = model.encode_text(tokenizer([texts[p]]))[0].double()
             for g in range(images.shape[1]):
-                pixels = transform(Image.fromarray(images[p, g].numpy()))
-                picture = model.encode_image(pixels[None])[0].double()
+                picture = model.encode_image(pixels(images[p, g])[None])[0].double()
                 found[p, g] = picture @ text / (picture.norm() * text.norm())
     return found
