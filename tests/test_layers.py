@@ -32,7 +32,12 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
     "stage.detectors": ("*", "paddle_models"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
-    "stage.rewards": ("*", "combine remote"),
+    "stage.rewards": (
+        "batches grid mentions pixels weights",
+        "grounding tower",
+        "*",
+        "combine remote selfcheck",
+    ),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
     "stage.shapes": (
