@@ -20,6 +20,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
         # The names of the published file count dropout layers too.
         self.layers = nn.ModuleDict()
         for index, (before, after) in zip(
@@ -34,10 +35,9 @@ class Head(nn.Module):
 
     def limits(self) -> tuple[float, float]:
         """What the head can give for features of unit length: its layers are one affine map."""
-        width = self.layers["0"].in_features
         with torch.no_grad():
-            offset = self(torch.zeros(1, width, dtype=torch.float64))
-            slope = self(torch.eye(width, dtype=torch.float64)) - offset
+            offset = self(torch.zeros(1, self.width, dtype=torch.float64))
+            slope = self(torch.eye(self.width, dtype=torch.float64)) - offset
         length = slope.norm().item()
         return offset.item() - length, offset.item() + length
 
@@ -80,11 +80,10 @@ class AestheticReward:
         self.tower = shared_tower(
             tower_path, tower_revision, OPENAI_VIT_L_14, architecture, device, dtype, batch_size
         )
-        width = self.tower.width
-        if width != head.layers["0"].in_features:
+        if self.tower.width != head.width:
             raise ValueError(
-                f"the head reads the features of its tower, {file} wants {head.layers['0'].in_features} numbers "
-                f"and {architecture} gives {width}; give the tower that the head was trained on"
+                f"the head reads the features of its tower, {file} wants {head.width} numbers "
+                f"and {architecture} gives {self.tower.width}; give the tower that the head was trained on"
             )
         self.head = head.float().to(self.tower.device).requires_grad_(False)
         self.provenance = {

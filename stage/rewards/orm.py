@@ -129,7 +129,7 @@ class ORMReward:
 
     def _answer(self, word: str) -> int:
         """The token of an answer. Raises ValueError if the tokenizer has none."""
-        number = self.tokenizer.convert_tokens_to_ids(word)
+        number: Any = self.tokenizer.convert_tokens_to_ids(word)
         if number is None or number == self.tokenizer.unk_token_id:
             raise ValueError(
                 f"{word!r} is a token of the model, this tokenizer lacks it; give the model's own folder"
@@ -171,27 +171,11 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
         text_config={"model_type": "qwen2", **{key: config[key] for key in TEXT_KEYS if key in config}},
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
     )
-    try:
-        model, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            None,
-            config=found,
-            state_dict={_renamed(name): value for name, value in state.items()},
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"a weight file fits its architecture tensor for tensor, what is in {folder} could not be loaded: "
-            f"{error}; download it again"
-        ) from error
-    weights.require_fit(
-        folder,
-        type(model).__name__,
-        missing=list(info["missing_keys"]),
-        unexpected=list(info["unexpected_keys"]),
-        mismatched=[str(name) for name in info["mismatched_keys"]],
+    renamed = {_renamed(name): value for name, value in state.items()}
+    load: Any = LlavaOnevisionForConditionalGeneration.from_pretrained
+    return weights.loaded(
+        lambda: load(None, config=found, state_dict=renamed, dtype=dtype, output_loading_info=True), folder
     )
-    return model.eval().requires_grad_(False)
 
 
 def _vision(state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:

@@ -85,9 +85,14 @@ def test_the_same_tower_is_loaded_and_asked_once(hps: tuple[Any, Path], monkeypa
     one, two = reward(hps[1]), reward(hps[1], batch_size=2)
     assert one.tower is two.tower and one.tower.batches.size == 2
     assert reward(hps[1], dtype="bfloat16").tower is not one.tower
-    calls = []
+    calls: list[int] = []
     encode = one.tower.model.encode_image
-    monkeypatch.setattr(one.tower.model, "encode_image", lambda x: calls.append(len(x)) or encode(x))
+
+    def counted(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(one.tower.model, "encode_image", counted)
     images = pictures()
     both = Combine({"a": one, "b": two}, {"a": 1.0, "b": 1.0})(images, PROMPTS)
     assert sum(calls) == 6 and torch.equal(both.parts[..., 0], both.parts[..., 1])
@@ -189,7 +194,7 @@ def test_a_tower_nobody_uses_is_freed(hps: tuple[Any, Path]) -> None:
 
     scorer = reward(hps[1], revision="only here")
     keys = [key for key in tower._TOWERS if key[1] == "only here"]
-    assert len(keys) == 1 and shared_tower(*keys[0][:-1], batch_size=4, whole=True) is scorer.tower
+    assert len(keys) == 1 and shared_tower(*keys[0][:6], 4, True) is scorer.tower
     del scorer
     gc.collect()
     assert keys[0] not in tower._TOWERS
