@@ -54,8 +54,6 @@ class GDinoReward:
         dtype: str,
         batch_size: int,
     ) -> None:
-        from transformers import AutoTokenizer, GroundingDinoForObjectDetection
-
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is a probability below 1, got {threshold!r}; the release has 0.3")
         self.device, self.dtype = weights.placement(device, dtype)
@@ -63,6 +61,9 @@ class GDinoReward:
         self.rules = Rules(released, overlap, near, suppression)
         self.threshold = threshold
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer, GroundingDinoForObjectDetection
+
         load = GroundingDinoForObjectDetection.from_pretrained
         self.model = weights.pretrained(load, folder, "grounding-dino", self.dtype).to(self.device)
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))

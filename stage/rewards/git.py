@@ -41,11 +41,12 @@ class GITReward:
     """
 
     def __init__(self, path: str, revision: str | None, device: str, dtype: str, batch_size: int) -> None:
-        from transformers import AutoTokenizer, GitForCausalLM
-
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, "git")
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer, GitForCausalLM
+
         model = weights.pretrained(GitForCausalLM.from_pretrained, folder, "git", self.dtype)
         self.model = model.to(self.device)
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))

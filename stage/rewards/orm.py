@@ -69,14 +69,15 @@ class ORMReward:
     def __init__(
         self, path: str, revision: str | None, temperature: float, device: str, dtype: str, batch_size: int
     ) -> None:
-        from transformers import AutoTokenizer
-
         if not temperature > 0:
             raise ValueError(f"temperature is above 0, got {temperature!r}; the release has 0.3")
         self.temperature = temperature
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, "orm")
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer
+
         self.model = read_model(folder, self.dtype).to(self.device)
         side = self.model.config.vision_config.image_size
         self.pixels = Pixels(side, None, side, "bicubic", (0.5,) * 3, (0.5,) * 3)

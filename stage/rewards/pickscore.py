@@ -32,11 +32,12 @@ class PickScoreReward:
     """
 
     def __init__(self, path: str, revision: str | None, device: str, dtype: str, batch_size: int) -> None:
-        from transformers import AutoTokenizer, CLIPModel
-
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, "pickscore")
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer, CLIPModel
+
         self.model = weights.pretrained(CLIPModel.from_pretrained, folder, "clip", self.dtype).to(self.device)
         self.scale = float(self.model.logit_scale.float().exp())
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))
