@@ -32,6 +32,7 @@ def evaluate(config: DictConfig) -> None:
     from stage.benchmarks.evaluation import add_up, draw_missing, open_folders, score
     from stage.benchmarks.layout import lay_out
     from stage.benchmarks.results import compose_results, print_scores, write_results
+    from stage.prompt_files import check_prompts
     from stage.report.page import write_report
     from stage.subject import choose_device, find_subjects
 
@@ -39,6 +40,9 @@ def evaluate(config: DictConfig) -> None:
     console, device = Console(), choose_device(config.device)
     subjects = find_subjects(config, HydraConfig.get().overrides.task)
     benchmark, bootstrap = instantiate(config.benchmark), instantiate(config.intervals)
+    check_prompts(
+        benchmark.scorer, {f"benchmark.splits.{name}": benchmark.prompts(name) for name in config.splits}
+    )
     sampler = instantiate(subjects.sampler)
     candidates = lay_out(subjects.models, subjects.sampler, config.seed, device, config.output)
     # All folders are checked before the first image is drawn.

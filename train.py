@@ -12,7 +12,8 @@ from stage import launch
 launch.register_experiments(Path(__file__).parent / "experiments")
 
 # From what is cheap to make to what is not: a mistake shows before the weights are read.
-PARTS = ("algorithm", "sampler", "optimizer", "scheduler", "data", "reward", "logger", "model")
+CHEAP = ("algorithm", "sampler", "optimizer", "scheduler", "data", "reward")
+COSTLY = ("logger", "model")
 
 
 def train(prepared: launch.Prepared) -> None:
@@ -23,12 +24,15 @@ def train(prepared: launch.Prepared) -> None:
 
     from stage.loggers import finish_wandb
     from stage.module import StageModule
+    from stage.prompt_files import check_prompts
 
     config = prepared.config
     launch.quiet_libraries()
     lightning.seed_everything(config.seed, verbose=False)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
-    parts = {name: instantiate(config[name]) for name in PARTS}
+    parts = {name: instantiate(config[name]) for name in CHEAP}
+    check_prompts(parts["reward"], parts["data"].by_name())
+    parts |= {name: instantiate(config[name]) for name in COSTLY}
     module = StageModule(
         policy=parts["model"],
         sampler=parts["sampler"],

@@ -1,4 +1,4 @@
-"""Prompt files, the order in which training reads them, and both as a Lightning data module.
+"""The order in which training reads its prompts, and prompts of a run as a Lightning data module.
 
 Which prompts an update sees is a pure function of (seed, update). Nothing is counted inside a data loader, so
 a run that is resumed in the middle of an epoch goes on exactly where it stopped.
@@ -6,105 +6,17 @@ a run that is resumed in the middle of an epoch goes on exactly where it stopped
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from stage.paths import resolve
-from stage.request import parse_request
+from stage.prompt_files import prompt_id, read_prompts
 from stage.types import Prompt
 
-
-def prompt_id(text: str) -> int:
-    """32-bit BLAKE2b of the text in UTF-8, in [0, 2**32); it depends on nothing but the text.
-
-    Two texts may share an id (0.6 % of lists of 7,000 hold such a pair). They then share random numbers, and
-    nothing else.
-    """
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=4).digest(), "big")
-
-
-def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of a JSONL file in GenEval's schema, in the order of the file.
-
-    Args:
-        path: an ordinary path, or `package://stage/shapes/assets/train.jsonl`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: `file:line: what is wrong; remedy` for the first line that cannot be read, is not scorable
-            as written, or repeats the text of an earlier one. A file without lines is an error too.
-    """
-    file = resolve(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"a prompt file is a JSONL file, got {str(path)!r}, which is no file; check the path"
-        )
-    content = file.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{file}:1: the file holds no prompt; write one JSON object a line")
-    prompts: list[Prompt] = []
-    first: dict[str, int] = {}
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            prompt = _read_line(line)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}") from error
-        if prompt.text in first:
-            raise ValueError(
-                f"{file}:{number}: every prompt stands once, {prompt.text!r} is on line "
-                f"{first[prompt.text]} already; remove one of them"
-            )
-        first[prompt.text] = number
-        prompts.append(prompt)
-    return tuple(prompts)
-
-
-def _read_line(line: bytes) -> Prompt:
-    """One line of a prompt file; ValueError says what is wrong with it."""
-    if not line.strip():
-        raise ValueError("the line is empty; remove it")
-    try:
-        record = json.loads(
-            line.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_constant
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the line is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the line is not JSON ({error.msg}, column {error.colno}); repair it") from error
-    except RecursionError as error:
-        raise ValueError("the line is nested too deeply to be read; write a flat object") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"a line holds one JSON object, got {type(record).__name__}; wrap it in braces")
-    text = record.get("prompt")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"prompt must be a non-empty string, got {text!r}; write what the picture shows")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"prompt holds half of a surrogate pair, got {text!r}; write the whole character")
-    parse_request(record)
-    return Prompt(id=prompt_id(text), text=text, metadata=record)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose keys is written twice; Python would keep the last and drop the others."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"every key stands once in an object, {twice!r} stands twice; remove one of them")
-    return record
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"JSON has no {name}; write a number or leave the key out")
+__all__ = ["PromptStream", "UpdateData", "UpdateNumbers", "prompt_id", "read_prompts"]
 
 
 class PromptStream:
@@ -204,6 +116,10 @@ class UpdateData(LightningDataModule):
                 f"held-out prompts stand in no other list, {len(leaked)} of {heldout} do, the first is "
                 f"{leaked[0]!r}; remove them from one of the files"
             )
+
+    def by_name(self) -> dict[str, tuple[Prompt, ...]]:
+        """The lists that a run draws images for, by the keys of the configuration."""
+        return {"data.train": self.stream.prompts, "data.validation": self.validation}
 
     def train_dataloader(self) -> DataLoader[int]:
         """0, 1, ... or, attached to a trainer, the numbers from the module's `update` on."""

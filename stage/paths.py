@@ -1,7 +1,8 @@
-"""Where an input lies: at a plain path, or inside an installed Python package."""
+"""Where an input lies, at a plain path or inside an installed Python package, and what it is by its hash."""
 
 from __future__ import annotations
 
+import hashlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,3 +41,9 @@ def resolve(path: str | Path) -> Path:
             f"that the package was installed with its data"
         )
     return target
+
+
+def sha256(file: Path) -> str:
+    """Of the content of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

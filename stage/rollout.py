@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stage.policy.sampler import uniforms
+from stage.score_checks import check_values
 from stage.types import Metrics, Prompt, PromptTokens, Rollout, Samples, Scorer, TokenScores, map_tensors
 
 Parts = tuple[list[slice], list[slice]]
@@ -161,7 +162,8 @@ def collect(
     returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
     forward too. Then `rollout.old` is its detached copy.
 
-    Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts.
+    Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
+    (`UnusableScores`, with the images).
     """
     distribution = scored_distribution(objective, sampler)
     parts = micro_batches(len(prompts), group_size, objective.micro_batch)
@@ -172,7 +174,8 @@ def collect(
             images, codes = policy.decode(samples.tokens), policy.codes(samples.tokens)
         with watch("reward"):
             scores = scorer(images, prompts)
-            check_parts(scores.parts, len(prompts), group_size, prompts)
+            check_shape(scores.parts, len(prompts), group_size)
+            check_values(scores, images, prompts, "the scorer")
         with watch("reference"):
             reference_scores = (
                 None
@@ -196,17 +199,10 @@ def collect(
     return Collected(rollout, live if differentiable else None)
 
 
-def check_parts(parts: Tensor, num_prompts: int, group_size: int, prompts: Sequence[Prompt]) -> None:
-    """Raise ValueError unless reward parts are `[P, G, R]` and finite."""
+def check_shape(parts: Tensor, num_prompts: int, group_size: int) -> None:
+    """Raise ValueError unless reward parts are `[P, G, R]`."""
     if parts.ndim != 3 or tuple(parts.shape[:2]) != (num_prompts, group_size):
         raise ValueError(
             f"a reward must give parts [{num_prompts}, {group_size}, R], one row a prompt and one column a sample; "
             f"got {list(parts.shape)}. Correct the scorer."
-        )
-    bad = (~torch.isfinite(parts)).nonzero()
-    if len(bad):
-        prompt, sample, part = bad[0].tolist()
-        raise ValueError(
-            f"reward parts must be finite; sample {sample} of {prompts[prompt].text!r} got "
-            f"{parts[prompt, sample, part].item()} in part {part}. Correct the scorer."
         )

@@ -31,7 +31,7 @@ class Prompt:
     """One line of a prompt file.
 
     `id` identifies the prompt wherever randomness is keyed by it; it does not depend on batch or rank.
-    `metadata` is the line in GenEval's schema (`tag`, `include`, `exclude`, `prompt`).
+    `metadata` is the line as it was read: in GenEval's schema (`tag`, `include`, `exclude`, `prompt`) or another.
     """
 
     id: int
@@ -75,13 +75,15 @@ class Scores:
     """What a reward found.
 
     `parts` float32 `[P, G, R]`; `names` and `weights` have length R. A part of weight 0 is logged and never optimised.
-    `reasons[p][g]` says in words why an image got what it got.
+    `reasons[p][g]` says in words why an image got what it got. `ranges` are the lowest and highest value of each part,
+    of length R, where the scorer states them; a value outside is an error, and None states nothing.
     """
 
     parts: Tensor
     names: tuple[str, ...]
     weights: tuple[float, ...]
     reasons: tuple[tuple[str, ...], ...]
+    ranges: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,29 @@ class Scorer(Protocol):
     """A reward: uint8 images `[P, G, H, W, 3]` and P prompts in, `Scores` out. Raises when it cannot score."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores: ...
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A scorer that can say which prompts it could never score; asked before the first image is drawn.
+
+    `check` raises ValueError naming a prompt and the remedy.
+    """
+
+    def check(self, prompts: Sequence[Prompt]) -> None: ...
+
+
+@runtime_checkable
+class TextReader(Protocol):
+    """Reads text: uint8 RGB images `[N, H, W, 3]` to the lines of each image, in reading order. Raises when it cannot.
+
+    `provenance` is what results record of it: the name of the engine and the sha256 of each weight file.
+    """
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+    def read(self, images: np.ndarray) -> list[tuple[str, ...]]: ...
 
 
 def map_tensors(record: Any, function: Any) -> Any:

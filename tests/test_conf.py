@@ -18,6 +18,8 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 EXPERIMENTS = CONF.parent / "experiments"
 MAINS = tuple(name for name in ("train", "evaluate") if (CONF / f"{name}.yaml").is_file())
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/**/*.yaml"))
+# Places that only the user knows.
+FOLDERS = {"reward/reader/paddleocr": ["reward.reader.folder=models"]}
 # Arguments that the program adds to those of the configuration.
 ADDED = {"lightning.pytorch.Trainer": {"logger", "callbacks"}}
 
@@ -91,10 +93,24 @@ def test_the_defaults_compose(main: str) -> None:
     assert all_faults(config) == []
 
 
+def parent_of(group: str) -> list[str]:
+    """`reward=ocr` for the group reward/reader: the option that picks from it, where it is not the default's."""
+    outer, _, inner = group.rpartition("/")
+    if not outer:
+        return []
+    picking = [
+        file.stem
+        for file in sorted((CONF / outer).glob("*.yaml"))
+        if any(inner in entry for entry in OmegaConf.load(file).get("defaults", []))
+    ]
+    assert picking, f"no file of conf/{outer} picks from conf/{group}"
+    return [f"{outer}={picking[0]}"]
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_one_class_with_its_arguments(option: str) -> None:
     group, _, name = option.rpartition("/")
-    config = composed(main_of(option), f"{group}={name}")
+    config = composed(main_of(option), *parent_of(group), f"{group}={name}", *FOLDERS.get(option, []))
     assert all_faults(config) == []
 
 

@@ -78,7 +78,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no include": ({"tag": "x", "prompt": "x"}, "include must list"),
     "empty include": (line("x", include=[]), "include must list"),
     "count of 0": (line("x", include=[{"class": "dog", "count": 0}]), r"include\[0\].count .* got 0"),
-    "count as text": (line("x", include=[{"class": "dog", "count": "2"}]), "positive integer, got '2'"),
+    "count as a word": (line("x", include=[{"class": "dog", "count": "two"}]), "positive integer, got 'two'"),
     "unknown relation": (line("x", include=[DOG_CAT[0], {**DOG_CAT[1], "position": ["near", 0]}]), "'near'"),
     "later include": (line("x", include=[DOG_CAT[1], DOG_CAT[0]]), r"include\[0\].position must refer"),
     "missing include": (line("x", include=[DOG_CAT[0], {**DOG_CAT[1], "position": ["above", 4]}]), "got 4"),

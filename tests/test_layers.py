@@ -17,7 +17,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint"),
     ("stage.objective.*",),
-    ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
+    ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject",),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
+    "stage.detectors": ("*", "paddle_models"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
     "stage.rewards": (
         "batches grid mentions pixels weights",

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stage.types import Prompt, Scorer, Scores
+from stage.score_checks import UnusableScores, check_values
+from stage.types import ChecksPrompts, Prompt, Scorer, Scores
+
+ANY = (-math.inf, math.inf)  # the range of a part whose scorer states none
 
 
 class Combine:
@@ -43,6 +46,15 @@ class Combine:
         self.scorers = dict(scorers)
         self.weights = {name: float(weights[name]) for name in scorers}
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for a prompt that one of the scorers cannot score, with the scorer's name."""
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, ChecksPrompts):
+                try:
+                    scorer.check(prompts)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to the parts of all scorers `[P, G, R]`.
 
@@ -61,12 +73,15 @@ class Combine:
                 )
                 for p in range(images.shape[0])
             ),
+            ranges=tuple(limits for s in found.values() for limits in s.ranges or (ANY,) * len(s.names)),
         )
 
     def _score(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """The scores of one scorer, checked against the images they are for."""
         try:
             scores = self.scorers[name](images, prompts)
+        except UnusableScores:  # of a combination inside this one; it carries the images
+            raise
         except Exception as error:
             raise ValueError(
                 f"the scorer {name!r} failed, and no reward is made up for it: {error}"
@@ -81,6 +96,5 @@ class Combine:
             raise ValueError(
                 f"every image has one reason, as [P][G]: {name!r} gave {scores.reasons!r}; repair the scorer"
             )
-        if not torch.isfinite(scores.parts).all():
-            raise ValueError(f"parts are finite, {name!r} gave {scores.parts.tolist()}; repair the scorer")
+        check_values(scores, images, prompts, repr(name))
         return scores

@@ -80,6 +80,11 @@ class GenEvalReward:
         self.weights = tuple(float(weight) for weight in weights.values())
         self.judge = Judge(threshold, counting_threshold, max_objects, nms_threshold, position_margin)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        for prompt in prompts:
+            self._request(prompt)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to parts `[P, G, R]` on the same device; R weights.
 
@@ -108,6 +113,7 @@ class GenEvalReward:
             names=self.names,
             weights=self.weights,
             reasons=tuple(tuple(reasons[p * group : (p + 1) * group]) for p in range(len(prompts))),
+            ranges=tuple(self._range(name) for name in self.names),
         )
 
     def _request(self, prompt: Prompt) -> Request:
@@ -115,7 +121,11 @@ class GenEvalReward:
         try:
             request = parse_request(prompt.metadata)
         except ValueError as error:
-            raise ValueError(f"the prompt {prompt.text!r} cannot be scored: {error}") from error
+            bare = prompt.metadata.get("tag") is None and prompt.metadata.get("include") is None
+            remedy = ". It comes without GenEval's metadata: give a prompt file that has it, or take another reward"
+            raise ValueError(
+                f"the prompt {prompt.text!r} cannot be scored: {error}{remedy if bare else ''}"
+            ) from error
         for clause in request.include + request.exclude:
             if isinstance(self.detector, NamesClasses):
                 _known(prompt, "class", clause.name, self.detector.class_names)
@@ -152,6 +162,10 @@ class GenEvalReward:
                 ) from error
 
         return self.judge.rule(request, detections, colors)
+
+    def _range(self, part: str) -> tuple[float, float]:
+        """Lowest and highest value of a part."""
+        return (-math.inf if part == "partial" and self.partial == "released" else 0.0, 1.0)
 
     def _values(self, ruling: Ruling) -> list[float]:
         """The parts of one picture in the order of `names`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stage.rewards.combine import Combine
-from stage.types import Prompt, Scorer, Scores
+from stage.score_checks import UnusableScores
+from stage.types import ChecksPrompts, Prompt, Scorer, Scores
 
 IMAGES = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)
 PROMPTS = (Prompt(1, "one"), Prompt(2, "two"))
@@ -96,3 +98,31 @@ def failing(images: Tensor, prompts: Sequence[Prompt]) -> Scores:
 def test_the_scorer_at_fault_is_named(scorer: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Combine({"a": ONE, "b": scorer}, {"a": 1.0, "b": 1.0})(IMAGES, PROMPTS)
+
+
+class Picky(Fixed):
+    """Cannot score prompts that begin with t."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            if prompt.text.startswith("t"):
+                raise ValueError(f"{prompt.text!r} begins with t")
+
+
+def test_prompts_are_checked_by_every_scorer_that_can() -> None:
+    both = Combine({"a": ONE, "b": Picky(0.0, ("x",), (1.0,))}, {"a": 1.0, "b": 1.0})
+    assert isinstance(both, ChecksPrompts) and not isinstance(ONE, ChecksPrompts)
+    both.check(PROMPTS[:1])
+    with pytest.raises(ValueError, match="b: 'two' begins with t"):
+        both.check(PROMPTS)
+
+
+def test_ranges_lie_side_by_side_and_are_held() -> None:
+    ranged = changed(parts=torch.full((2, 3, 2), 0.5), ranges=((0.0, 1.0), (0.0, 2.0)))
+    scores = Combine({"a": ranged, "b": TWO}, {"a": 1.0, "b": 1.0})(IMAGES, PROMPTS)
+    assert scores.ranges == ((0.0, 1.0), (0.0, 2.0), (-math.inf, math.inf))
+    wrong = changed(parts=torch.full((2, 3, 2), 1.5), ranges=((0.0, 1.0), (0.0, 2.0)))
+    nested = Combine({"outer": Combine({"inner": wrong}, {"inner": 1.0})}, {"outer": 1.0})
+    with pytest.raises(UnusableScores, match=r"'inner' gave: sample 0 of 'one' got 1.5") as caught:
+        nested(IMAGES, PROMPTS)
+    assert len(caught.value.images) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from stage.rewards.geneval import GenEvalReward
 from stage.shapes.detector import ShapeDetector
-from stage.types import Detection, Detections, Prompt, Scorer
+from stage.types import ChecksPrompts, Detection, Detections, Prompt, Scorer
 
 NAMES = {1: "dog", 2: "cat"}
 COLORS = {10: "red", 20: "blue"}
@@ -256,3 +257,21 @@ def test_the_recipe_states_every_argument(root: Path) -> None:
     assert set(detector) == set(inspect.signature(ShapeDetector).parameters)
     scores = GenEvalReward(PixelDetector(), **recipe)(IMAGES, PROMPTS)
     assert scores.names == ("partial", "strict") and scores.weights == (1.0, 0.0)
+
+
+def test_prompts_are_checked_before_anything_is_drawn() -> None:
+    scorer = reward(Knowing())
+    assert isinstance(scorer, ChecksPrompts)
+    scorer.check([RED_DOG])
+    with pytest.raises(
+        ValueError, match=r"'a plain prompt' cannot be scored: .*comes without GenEval's metadata"
+    ):
+        scorer.check([RED_DOG, Prompt(1, "a plain prompt", {"prompt": "a plain prompt", "nouns": ["dog"]})])
+    with pytest.raises(ValueError, match="'zebra', but only dog, cat can be told"):
+        scorer.check([prompt({"class": "zebra", "count": 1})])
+
+
+def test_the_range_of_each_part() -> None:
+    assert reward()(IMAGES, PROMPTS).ranges == ((0.0, 1.0), (0.0, 1.0))
+    released = reward(partial="released", weights={"strict": 1.0, "partial": 1.0})(IMAGES, PROMPTS)
+    assert released.ranges == ((0.0, 1.0), (-math.inf, 1.0))  # too many objects cost without limit
