@@ -91,6 +91,10 @@ class AestheticReward:
             "tower": self.tower.provenance,
         }
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
 
@@ -100,4 +104,4 @@ class AestheticReward:
         grid.check(images, prompts)
         found = self.head(self.tower.images(images)).flatten()
         reasons = [f"aesthetic {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, self.limits, "aesthetic")
+        return grid.fold(found, images, prompts, reasons, self.limits, "aesthetic")

@@ -85,6 +85,10 @@ class ORMReward:
         self.yes, self.no = (self._answer(word) for word in ("yes", "no"))
         self.provenance = {**weights.provenance(folder, path, revision), "dtype": dtype}
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
 
@@ -95,7 +99,7 @@ class ORMReward:
         texts = [prompt.text for prompt in prompts for _ in range(images.shape[1])]
         found = self.batches.run(self._yes, images.flatten(0, 1), texts)
         reasons = [f"yes {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (0.0, 1.0), "orm")
+        return grid.fold(found, images, prompts, reasons, (0.0, 1.0), "orm")
 
     def _yes(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
         """Probabilities `[N]` of N pictures and prompts."""

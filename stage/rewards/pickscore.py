@@ -44,6 +44,10 @@ class PickScoreReward:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.provenance = {**weights.provenance(folder, path, revision), "dtype": dtype}
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
 
@@ -55,7 +59,7 @@ class PickScoreReward:
         read = self.batches.run(self._read, [prompt.text for prompt in prompts])
         found = self.scale * (seen * read.unsqueeze(1)).sum(-1).flatten()
         reasons = [f"PickScore {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (-self.scale, self.scale), "pickscore")
+        return grid.fold(found, images, prompts, reasons, (-self.scale, self.scale), "pickscore")
 
     def _see(self, pictures: Tensor) -> Tensor:
         """Image features `[N, D]` of unit length."""

@@ -51,7 +51,8 @@ def locate(path: str, revision: str | None, home: Home) -> Path:
         try:
             return _download(path, revision, home.file)
         except (OSError, ValueError) as error:
-            reason = f"it is not here, and the hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+            first = str(error).splitlines()[0]
+            reason = f"it is not here, and the hub did not give it ({type(error).__name__}: {first})"
     raise FileNotFoundError(
         f"weights must be there before training starts, looked for {str(path)!r}"
         f"{f' at revision {revision!r}' if revision else ''}: {reason}. Run `{home.download()}` where there is a "

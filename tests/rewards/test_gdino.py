@@ -241,6 +241,8 @@ def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"'a prompt' .number 5.*{words}"):
             scorer(images, (Prompt(5, "a prompt", metadata),))
+        with pytest.raises(ValueError, match=words):
+            scorer.check((*PROMPTS, Prompt(5, "a prompt", metadata)))
     with pytest.raises(ValueError, match="threshold is a probability"):
         GDinoReward(path=str(folder), **{**SETTINGS, "threshold": 30})
     with pytest.raises(FileNotFoundError, match="hf download IDEA-Research/grounding-dino-tiny"):
