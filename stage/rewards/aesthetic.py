@@ -20,6 +20,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
         # The names of the published file count dropout layers too.
         self.layers = nn.ModuleDict()
         for index, (before, after) in zip(
@@ -34,10 +35,9 @@ class Head(nn.Module):
 
     def limits(self) -> tuple[float, float]:
         """What the head can give for features of unit length: its layers are one affine map."""
-        width = self.layers["0"].in_features
         with torch.no_grad():
-            offset = self(torch.zeros(1, width, dtype=torch.float64))
-            slope = self(torch.eye(width, dtype=torch.float64)) - offset
+            offset = self(torch.zeros(1, self.width, dtype=torch.float64))
+            slope = self(torch.eye(self.width, dtype=torch.float64)) - offset
         length = slope.norm().item()
         return offset.item() - length, offset.item() + length
 
@@ -80,17 +80,20 @@ class AestheticReward:
         self.tower = shared_tower(
             tower_path, tower_revision, OPENAI_VIT_L_14, architecture, device, dtype, batch_size
         )
-        width = self.tower.width
-        if width != head.layers["0"].in_features:
+        if self.tower.width != head.width:
             raise ValueError(
-                f"the head reads the features of its tower, {file} wants {head.layers['0'].in_features} numbers "
-                f"and {architecture} gives {width}; give the tower that the head was trained on"
+                f"the head reads the features of its tower, {file} wants {head.width} numbers "
+                f"and {architecture} gives {self.tower.width}; give the tower that the head was trained on"
             )
         self.head = head.float().to(self.tower.device).requires_grad_(False)
         self.provenance = {
             **weights.provenance(file, path, revision),
             "tower": self.tower.provenance,
         }
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
@@ -101,4 +104,4 @@ class AestheticReward:
         grid.check(images, prompts)
         found = self.head(self.tower.images(images)).flatten()
         reasons = [f"aesthetic {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, self.limits, "aesthetic")
+        return grid.fold(found, images, prompts, reasons, self.limits, "aesthetic")

@@ -31,6 +31,10 @@ class ClipReward:
         self.tower = shared_tower(path, revision, OPENAI_VIT_L_14, architecture, device, dtype, batch_size)
         self.provenance = self.tower.provenance
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
 
@@ -39,4 +43,4 @@ class ClipReward:
         """
         found = self.tower.cosine(images, prompts).flatten()
         reasons = [f"CLIP cosine {value:.4f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (-1.0, 1.0), "clip")
+        return grid.fold(found, images, prompts, reasons, (-1.0, 1.0), "clip")

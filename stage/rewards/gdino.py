@@ -54,8 +54,6 @@ class GDinoReward:
         dtype: str,
         batch_size: int,
     ) -> None:
-        from transformers import AutoTokenizer, GroundingDinoForObjectDetection
-
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is a probability below 1, got {threshold!r}; the release has 0.3")
         self.device, self.dtype = weights.placement(device, dtype)
@@ -63,11 +61,20 @@ class GDinoReward:
         self.rules = Rules(released, overlap, near, suppression)
         self.threshold = threshold
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer, GroundingDinoForObjectDetection
+
         load = GroundingDinoForObjectDetection.from_pretrained
         self.model = weights.pretrained(load, folder, "grounding-dino", self.dtype).to(self.device)
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.provenance = {**weights.provenance(folder, path, revision), "dtype": dtype}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+        for prompt in prompts:
+            self._mentions(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts with nouns to one part `[P, G, 1]`.
@@ -85,7 +92,7 @@ class GDinoReward:
             values.append(self.rules.score(asked, boxes) if asked.nouns else 1.0)
             seen = ", ".join(f"{noun} {len(boxes[noun])}" for noun in dict.fromkeys(asked.nouns))
             reasons.append(f"boxes: {seen}" if seen else "no nouns")
-        return grid.fold(torch.tensor(values), images, reasons, (0.0, 1.0), "gdino")
+        return grid.fold(torch.tensor(values), images, prompts, reasons, (0.0, 1.0), "gdino")
 
     def _mentions(self, prompt: Prompt) -> Mentions:
         mentions = read_mentions(prompt)

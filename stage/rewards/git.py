@@ -41,17 +41,24 @@ class GITReward:
     """
 
     def __init__(self, path: str, revision: str | None, device: str, dtype: str, batch_size: int) -> None:
-        from transformers import AutoTokenizer, GitForCausalLM
-
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, "git")
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer, GitForCausalLM
+
         model = weights.pretrained(GitForCausalLM.from_pretrained, folder, "git", self.dtype)
         self.model = model.to(self.device)
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.yes, self.no = (self._answer(word) for word in ("yes", "no"))
         self.provenance = {**weights.provenance(folder, path, revision), "dtype": dtype}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+        for prompt in prompts:
+            read_mentions(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts with nouns to one part `[P, G, 1]`.
@@ -73,7 +80,7 @@ class GITReward:
             if not answers[i]:
                 sums[i] = asked[i // group][1]
                 answers[i].append("no question")
-        return grid.fold(sums, images, [", ".join(found) for found in answers], (0.0, 1.0), "git")
+        return grid.fold(sums, images, prompts, [", ".join(found) for found in answers], (0.0, 1.0), "git")
 
     def _ask(self, pictures: Tensor, rows: list[tuple[int, str]]) -> list[float]:
         """The probability of yes against no for each (picture number, question)."""

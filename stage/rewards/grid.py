@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stage.score_checks import check_values
 from stage.types import Prompt, Scores
 
-# Rounding of bfloat16 and float16 may leave a closed range by this share of its width.
+# Rounding of bfloat16 and float16 may leave a closed range by this share of its width; that much is cut off.
 SLACK = 1e-2
 
 
@@ -29,6 +30,11 @@ def check(images: Tensor, prompts: Sequence[Prompt]) -> None:
             f"there is one prompt for each group, got {len(prompts)} for {images.shape[0]} groups; pass them in "
             f"the same order"
         )
+    check_texts(prompts)
+
+
+def check_texts(prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError for the first prompt without text."""
     for prompt in prompts:
         if not prompt.text.strip():
             raise ValueError(
@@ -39,6 +45,7 @@ def check(images: Tensor, prompts: Sequence[Prompt]) -> None:
 def fold(
     values: Tensor,
     images: Tensor,
+    prompts: Sequence[Prompt],
     reasons: Sequence[str],
     limits: tuple[float, float],
     name: str,
@@ -47,28 +54,25 @@ def fold(
 
     Args:
         values: `[P * G]`, one an image in the order of `images`.
-        images: `[P, G, ...]`, for the grid and the device.
+        images, prompts: what was scored, `[P, G, H, W, 3]` and P.
         reasons: one an image.
         limits: the closed range that the scorer states.
         name: of the scorer, for messages.
 
     Raises:
-        ValueError: a value is not finite or outside its range.
+        UnusableScores: a value is not finite or outside its range.
     """
     low, high = limits
     slack = SLACK * (high - low) if high - low < float("inf") else 0.0
     found = values.detach().to(images.device, torch.float32).reshape(images.shape[:2])
-    wrong = ~torch.isfinite(found) | (found < low - slack) | (found > high + slack)
-    if wrong.any():
-        p, g = (int(index) for index in wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} gives finite values from {low:g} to {high:g}, got {found[p, g].item()} for image {g} of "
-            f"prompt {p}; check its weights, and try dtype float32"
-        )
+    rounding = (found >= low - slack) & (found <= high + slack)
     group = images.shape[1]
-    return Scores(
-        parts=found.clamp(low, high).unsqueeze(-1),
+    scores = Scores(
+        parts=torch.where(rounding, found.clamp(low, high), found).unsqueeze(-1),
         names=("score",),
         weights=(1.0,),
         reasons=tuple(tuple(reasons[p * group : (p + 1) * group]) for p in range(images.shape[0])),
+        ranges=(limits,),
     )
+    check_values(scores, images, prompts, name)
+    return scores

@@ -38,6 +38,10 @@ class HPSReward:
         self.tower = shared_tower(path, revision, HOME, architecture, device, dtype, batch_size, whole=True)
         self.provenance = self.tower.provenance
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
 
@@ -46,4 +50,4 @@ class HPSReward:
         """
         found = self.tower.cosine(images, prompts).flatten()
         reasons = [f"HPSv2.1 {value:.4f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (-1.0, 1.0), "hps")
+        return grid.fold(found, images, prompts, reasons, (-1.0, 1.0), "hps")

@@ -145,6 +145,10 @@ class ImageRewardReward:
             "tokenizer": weights.provenance(words, tokenizer_path, tokenizer_revision),
         }
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
 
@@ -155,7 +159,7 @@ class ImageRewardReward:
         texts = [prompt.text for prompt in prompts for _ in range(images.shape[1])]
         found = self.batches.run(self._rate, images.flatten(0, 1), texts)
         reasons = [f"ImageReward {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (-float("inf"), float("inf")), "imagereward")
+        return grid.fold(found, images, prompts, reasons, (-float("inf"), float("inf")), "imagereward")
 
     def _rate(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
         encodings = self.tokenizer.encode_batch(list(texts))

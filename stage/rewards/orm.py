@@ -69,20 +69,25 @@ class ORMReward:
     def __init__(
         self, path: str, revision: str | None, temperature: float, device: str, dtype: str, batch_size: int
     ) -> None:
-        from transformers import AutoTokenizer
-
         if not temperature > 0:
             raise ValueError(f"temperature is above 0, got {temperature!r}; the release has 0.3")
         self.temperature = temperature
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, "orm")
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer
+
         self.model = read_model(folder, self.dtype).to(self.device)
         side = self.model.config.vision_config.image_size
         self.pixels = Pixels(side, None, side, "bicubic", (0.5,) * 3, (0.5,) * 3)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.yes, self.no = (self._answer(word) for word in ("yes", "no"))
         self.provenance = {**weights.provenance(folder, path, revision), "dtype": dtype}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
@@ -94,7 +99,7 @@ class ORMReward:
         texts = [prompt.text for prompt in prompts for _ in range(images.shape[1])]
         found = self.batches.run(self._yes, images.flatten(0, 1), texts)
         reasons = [f"yes {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (0.0, 1.0), "orm")
+        return grid.fold(found, images, prompts, reasons, (0.0, 1.0), "orm")
 
     def _yes(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
         """Probabilities `[N]` of N pictures and prompts."""
@@ -129,7 +134,7 @@ class ORMReward:
 
     def _answer(self, word: str) -> int:
         """The token of an answer. Raises ValueError if the tokenizer has none."""
-        number = self.tokenizer.convert_tokens_to_ids(word)
+        number: Any = self.tokenizer.convert_tokens_to_ids(word)
         if number is None or number == self.tokenizer.unk_token_id:
             raise ValueError(
                 f"{word!r} is a token of the model, this tokenizer lacks it; give the model's own folder"
@@ -171,27 +176,11 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
         text_config={"model_type": "qwen2", **{key: config[key] for key in TEXT_KEYS if key in config}},
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
     )
-    try:
-        model, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            None,
-            config=found,
-            state_dict={_renamed(name): value for name, value in state.items()},
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"a weight file fits its architecture tensor for tensor, what is in {folder} could not be loaded: "
-            f"{error}; download it again"
-        ) from error
-    weights.require_fit(
-        folder,
-        type(model).__name__,
-        missing=list(info["missing_keys"]),
-        unexpected=list(info["unexpected_keys"]),
-        mismatched=[str(name) for name in info["mismatched_keys"]],
+    renamed = {_renamed(name): value for name, value in state.items()}
+    load: Any = LlavaOnevisionForConditionalGeneration.from_pretrained
+    return weights.loaded(
+        lambda: load(None, config=found, state_dict=renamed, dtype=dtype, output_loading_info=True), folder
     )
-    return model.eval().requires_grad_(False)
 
 
 def _vision(state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:

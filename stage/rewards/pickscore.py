@@ -32,16 +32,21 @@ class PickScoreReward:
     """
 
     def __init__(self, path: str, revision: str | None, device: str, dtype: str, batch_size: int) -> None:
-        from transformers import AutoTokenizer, CLIPModel
-
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, "pickscore")
         folder = weights.locate(path, revision, HOME)
+        # Imported after what is quick to refuse.
+        from transformers import AutoTokenizer, CLIPModel
+
         self.model = weights.pretrained(CLIPModel.from_pretrained, folder, "clip", self.dtype).to(self.device)
         self.scale = float(self.model.logit_scale.float().exp())
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.provenance = {**weights.provenance(folder, path, revision), "dtype": dtype}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
@@ -54,7 +59,7 @@ class PickScoreReward:
         read = self.batches.run(self._read, [prompt.text for prompt in prompts])
         found = self.scale * (seen * read.unsqueeze(1)).sum(-1).flatten()
         reasons = [f"PickScore {value:.3f}" for value in found.tolist()]
-        return grid.fold(found, images, reasons, (-self.scale, self.scale), "pickscore")
+        return grid.fold(found, images, prompts, reasons, (-self.scale, self.scale), "pickscore")
 
     def _see(self, pictures: Tensor) -> Tensor:
         """Image features `[N, D]` of unit length."""

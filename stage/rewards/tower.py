@@ -50,11 +50,12 @@ class Tower:
         batch_size: int,
         whole: bool,
     ) -> None:
-        import open_clip
-
         self.device, self.dtype = weights.placement(device, dtype)
         self.batches = Batches(batch_size, f"the tower {architecture}")
         file = weights.locate(path, revision, home)
+        # Imported after what is quick to refuse.
+        import open_clip
+
         if architecture not in open_clip.list_models():
             raise ValueError(
                 f"architecture names a model of open_clip, got {architecture!r}; open_clip.list_models() has them"

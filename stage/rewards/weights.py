@@ -51,7 +51,8 @@ def locate(path: str, revision: str | None, home: Home) -> Path:
         try:
             return _download(path, revision, home.file)
         except (OSError, ValueError) as error:
-            reason = f"and the hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+            first = str(error).splitlines()[0]
+            reason = f"it is not here, and the hub did not give it ({type(error).__name__}: {first})"
     raise FileNotFoundError(
         f"weights must be there before training starts, looked for {str(path)!r}"
         f"{f' at revision {revision!r}' if revision else ''}: {reason}. Run `{home.download()}` where there is a "
@@ -171,19 +172,27 @@ def pretrained(load: Callable[..., Any], folder: Path, model_type: str, dtype: t
             f"the config.json of {folder} must describe a model of type {model_type!r}, it says {found!r}; give "
             f"the folder of that model"
         )
+    return loaded(lambda: load(folder, dtype=dtype, output_loading_info=True, local_files_only=True), folder)
+
+
+def loaded(load: Callable[[], Any], folder: Path) -> Any:
+    """The model that `from_pretrained(..., output_loading_info=True)` gives, frozen, every tensor accounted for.
+
+    Raises:
+        ValueError: the tensors of `folder` do not fit.
+    """
     try:
-        model, info = load(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+        model, info = load()
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"a weight file fits its architecture tensor for tensor, what is in {folder} could not be loaded: "
             f"{error}; download it again"
         ) from error
-    unexpected = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]
     require_fit(
         folder,
         type(model).__name__,
         missing=list(info["missing_keys"]),
-        unexpected=unexpected,
+        unexpected=[name for name in info["unexpected_keys"] if not name.endswith("position_ids")],
         mismatched=[str(name) for name in info["mismatched_keys"]],
     )
     return model.eval().requires_grad_(False)

@@ -57,12 +57,12 @@ def test_scores_are_the_head_on_unit_features(files: Any) -> None:
 def test_limits_are_reached_at_the_slope() -> None:
     """For w = (3, 4) through layers that pass it on and bias 2: from 2 - 5 to 2 + 5."""
     head = Head(2).double()
-    for layer in head.layers.values():
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-        layer.weight.data[0, 0] = 1.0
-    head.layers["0"].weight.data[0] = torch.tensor([3.0, 4.0])
-    head.layers["7"].bias.data.fill_(2.0)
+    state = {name: torch.zeros_like(value) for name, value in head.state_dict().items()}
+    for name in "02467":
+        state[f"layers.{name}.weight"][0, 0] = 1.0
+    state["layers.0.weight"][0] = torch.tensor([3.0, 4.0])
+    state["layers.7.bias"][0] = 2.0
+    head.load_state_dict(state)
     assert head.limits() == pytest.approx((-3.0, 7.0))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_text_len=32,
     )
     model = GroundingDinoForObjectDetection(config)
-    for head in model.bbox_embed:
+    heads: Any = model.bbox_embed
+    for head in heads:
         torch.nn.init.normal_(head.layers[-1].weight, std=0.5)
     torch.nn.init.normal_(model.model.text_projection.weight, std=0.5)
     model.save_pretrained(folder)
@@ -97,14 +100,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
+def published(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer as transformers reads them."""
+    from transformers import AutoTokenizer, GroundingDinoForObjectDetection
+
+    return GroundingDinoForObjectDetection.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
 def boxes_by_hand(
     folder: Path, image: torch.Tensor, nouns: list[str], threshold: float
 ) -> dict[str, list[Any]]:
     """Noun to (probability, corners) of its boxes: a loop over the queries of one forward pass."""
-    from transformers import AutoTokenizer, GroundingDinoForObjectDetection
-
-    model = GroundingDinoForObjectDetection.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = published(folder)
     pixels = ((image / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
     encoding = tokenizer(" . ".join(nouns) + ".", return_tensors="pt")
     with torch.no_grad():
@@ -114,8 +124,8 @@ def boxes_by_hand(
     for noun in nouns:
         length = len(tokenizer(noun, add_special_tokens=False).input_ids)
         for query in range(output.logits.shape[1]):
-            logits = output.logits[0, query, start : start + length].double()
-            probability = float(sum(1 / (1 + torch.exp(-logit)) for logit in logits)) / length
+            logits = output.logits[0, query, start : start + length].tolist()
+            probability = sum(1 / (1 + math.exp(-logit)) for logit in logits) / length
             if probability > threshold:
                 x, y, w, h = output.pred_boxes[0, query].tolist()
                 found[noun].append((probability, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
@@ -231,6 +241,8 @@ def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"'a prompt' .number 5.*{words}"):
             scorer(images, (Prompt(5, "a prompt", metadata),))
+        with pytest.raises(ValueError, match=words):
+            scorer.check((*PROMPTS, Prompt(5, "a prompt", metadata)))
     with pytest.raises(ValueError, match="threshold is a probability"):
         GDinoReward(path=str(folder), **{**SETTINGS, "threshold": 30})
     with pytest.raises(FileNotFoundError, match="hf download IDEA-Research/grounding-dino-tiny"):

@@ -126,6 +126,9 @@ def test_attributes_come_before_nouns() -> None:
 
 def test_what_cannot_be_scored(folder: Path) -> None:
     scorer = GITReward(path=str(folder), **SETTINGS)
+    scorer.check(PROMPTS)
+    with pytest.raises(ValueError, match=r"'hello' \(number 7\)"):
+        scorer.check((*PROMPTS, Prompt(7, "hello")))
     with pytest.raises(ValueError, match=r"'hello' \(number 7\) cannot be scored: .*nouns"):
         scorer(pictures(1, 1), (Prompt(7, "hello", {"tag": None}),))
 

@@ -15,7 +15,7 @@ from stage.rewards.combine import Combine
 from stage.rewards.hps import HPSReward
 from stage.rewards.tower import shared_tower
 from stage.rewards.weights import sha256
-from stage.types import Prompt, Scorer
+from stage.types import ChecksPrompts, Prompt, Scorer
 from tests.rewards.tiny_towers import PROMPTS, by_hand, open_clip_pixels, pictures, tiny_clip
 
 SETTINGS: dict[str, Any] = {"revision": None, "device": "cpu", "dtype": "float32", "batch_size": 4}
@@ -85,9 +85,14 @@ def test_the_same_tower_is_loaded_and_asked_once(hps: tuple[Any, Path], monkeypa
     one, two = reward(hps[1]), reward(hps[1], batch_size=2)
     assert one.tower is two.tower and one.tower.batches.size == 2
     assert reward(hps[1], dtype="bfloat16").tower is not one.tower
-    calls = []
+    calls: list[int] = []
     encode = one.tower.model.encode_image
-    monkeypatch.setattr(one.tower.model, "encode_image", lambda x: calls.append(len(x)) or encode(x))
+
+    def counted(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(one.tower.model, "encode_image", counted)
     images = pictures()
     both = Combine({"a": one, "b": two}, {"a": 1.0, "b": 1.0})(images, PROMPTS)
     assert sum(calls) == 6 and torch.equal(both.parts[..., 0], both.parts[..., 1])
@@ -152,6 +157,10 @@ def test_images_and_prompts_that_cannot_be_scored(hps: tuple[Any, Path]) -> None
         scorer(images, PROMPTS[:2])
     with pytest.raises(ValueError, match="number 9 is empty"):
         scorer(images, (*PROMPTS[:2], Prompt(9, " ")))
+    assert isinstance(scorer, ChecksPrompts)
+    scorer.check(PROMPTS)
+    with pytest.raises(ValueError, match="number 9 is empty"):
+        scorer.check((*PROMPTS[:2], Prompt(9, " ")))
 
 
 def test_the_real_towers_see_what_is_published() -> None:
@@ -189,7 +198,9 @@ def test_a_tower_nobody_uses_is_freed(hps: tuple[Any, Path]) -> None:
 
     scorer = reward(hps[1], revision="only here")
     keys = [key for key in tower._TOWERS if key[1] == "only here"]
-    assert len(keys) == 1 and shared_tower(*keys[0][:-1], batch_size=4, whole=True) is scorer.tower
+    (key,) = keys
+    path, revision, home, architecture, device, dtype, whole = key
+    assert shared_tower(path, revision, home, architecture, device, dtype, 4, whole) is scorer.tower
     del scorer
     gc.collect()
     assert keys[0] not in tower._TOWERS

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "batch_size": 4,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

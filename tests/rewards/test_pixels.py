@@ -13,7 +13,7 @@ from stage.rewards.pixels import CLIP_MEAN, CLIP_STD, Pixels, from_processor
 from tests.rewards.tiny_towers import pictures
 
 CPU = torch.device("cpu")
-CLIP = {
+CLIP: dict[str, Any] = {
     "do_center_crop": True,
     "crop_size": {"height": 24, "width": 24},
     "size": {"shortest_edge": 24},
