@@ -106,10 +106,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found in an image: pixel box `(x0, y0, x1, y1)` and a score in [0, 1]."""
+    """One object found in an image: pixel box `(x0, y0, x1, y1)` and a score in [0, 1].
+
+    `mask` is a bool array of the image's shape `[H, W]`, or None where the detector gives boxes alone.
+    """
 
     box: tuple[float, float, float, float]
     score: float
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 Detections = Mapping[str, Sequence[Detection]]
