@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the environment in which mmdet itself runs: bash environments/mmdet.sh FOLDER [PYTHON]
 #
-# It needs a C++ compiler, Python 3.10 or 3.11 with its headers and about 6 GB, and no GPU. uv is used where it is
+# It needs Linux, Python 3.11 with its headers, a C++ compiler and about 6 GB, and no GPU. uv is used where it is
 # on the PATH. The operations of mmcv are compiled: about eight minutes on two cores, MAX_JOBS=N bounds how many at once.
 set -euo pipefail
 
@@ -9,8 +9,8 @@ folder=${1:?usage: bash environments/mmdet.sh FOLDER [PYTHON]}
 python=${2:-python3.11}
 list=$(cd "$(dirname "$0")" && pwd)/mmdet.txt
 
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' || {
-    echo "torch 2.1.2 is built for Python 3.10 and 3.11, and '$python' is neither: make env-mmdet MMDET_PYTHON=python3.11" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+    echo "torch 2.1.2 is built up to Python 3.11, stage needs 3.11, and '$python' is another: make env-mmdet MMDET_PYTHON=python3.11" >&2
     exit 1
 }
 command -v "${CXX:-c++}" >/dev/null || {

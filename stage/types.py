@@ -134,6 +134,19 @@ class ColorClassifier(Protocol):
 
 
 @runtime_checkable
+class BatchColorClassifier(Protocol):
+    """A colour classifier that looks at many pictures at once.
+
+    Each sight is a picture `[H, W, 3]`, the class of some objects in it and these objects; the answer has one list of
+    colours for each sight.
+    """
+
+    def colors_in_batches(
+        self, sights: Sequence[tuple[np.ndarray, str, Sequence[Detection]]]
+    ) -> list[list[str]]: ...
+
+
+@runtime_checkable
 class NamesClasses(Protocol):
     """A detector that says which classes it can find; a scorer then refuses prompts that name another."""
 

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
+    "stage.detectors": ("*", "mask2former mmdet clip_colors"),
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),

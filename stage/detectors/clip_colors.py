@@ -52,7 +52,7 @@ class ClipColors:
         ValueError: the weights do not fit the model, or open_clip knows no such model.
     """
 
-    color_names = COLORS
+    color_names: Sequence[str] = COLORS
 
     def __init__(
         self,
@@ -74,7 +74,9 @@ class ClipColors:
         file = locate(weights, revision, HOME)
         try:
             clip, _, self.transform = open_clip.create_model_and_transforms(model, pretrained=str(file))
-        except Exception as error:  # open_clip's readers raise many kinds, and each means that the file will not do
+        except (
+            Exception
+        ) as error:  # open_clip's readers raise many kinds, and each means that the file will not do
             raise ValueError(
                 f"weights are a state dict that open_clip loads into {model}, {file} is not: {error}. Run "
                 f"`{HOME.download}` and give that file"
@@ -98,7 +100,9 @@ class ClipColors:
         names = [name for _, name, objects in sights for _ in objects]
         best = [
             index
-            for part in halving(lambda rows: self._best(crops[rows], names[rows]), len(crops), self.batch_size)
+            for part in halving(
+                lambda rows: self._best(crops[rows], names[rows]), len(crops), self.batch_size
+            )
             for index in part
         ]
         answers = iter(best)
@@ -113,7 +117,9 @@ class ClipColors:
         directions = torch.stack([self._direction(name) for name in names])
         similarity = (F.normalize(features, dim=-1)[:, None] * directions).sum(-1)
         if not similarity.isfinite().all():
-            raise ValueError(f"similarities are finite, CLIP in {self.dtype} gave others; set dtype to float32")
+            raise ValueError(
+                f"similarities are finite, CLIP in {self.dtype} gave others; set dtype to float32"
+            )
         return similarity.argmax(1).tolist()
 
     @torch.inference_mode()

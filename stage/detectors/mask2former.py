@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Mask2FormerDetector:
         ValueError: the weights are of another model, or an argument is out of its range.
     """
 
-    class_names = CLASS_NAMES
+    class_names: Sequence[str] = CLASS_NAMES
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Mask2FormerDetector:
         self.batch_size = positive(batch_size, "batch_size")
         self.device, self.dtype = placement(device, dtype)
         file = locate(weights, revision, HOME)
-        model = build(read_checkpoint(file))
+        model: Any = build(read_checkpoint(file))
         if model.config.num_labels != len(CLASS_NAMES):
             raise ValueError(
                 f"the classes are the {len(CLASS_NAMES)} of COCO, {file} tells {model.config.num_labels} apart; "

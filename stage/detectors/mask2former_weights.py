@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,35 +195,35 @@ def _sizes(state: Mapping[str, Tensor]) -> Mask2FormerConfig:
     stages = _count(state, "backbone.stages.")
     tables = [state[f"backbone.stages.{i}.blocks.0.{TABLE}"].shape for i in range(stages)]
     patches = state["backbone.patch_embed.projection.weight"].shape
-    backbone = SwinConfig(
-        embed_dim=patches[0],
-        num_channels=patches[1],
-        patch_size=patches[2],
-        depths=[_count(state, f"backbone.stages.{i}.blocks.") for i in range(stages)],
-        num_heads=[heads for _, heads in tables],
-        window_size=(math.isqrt(tables[0][0]) + 1) // 2,
-        mlp_ratio=state["backbone.stages.0.blocks.0.ffn.layers.0.0.weight"].shape[0] / patches[0],
-        qkv_bias="backbone.stages.0.blocks.0.attn.w_msa.qkv.bias" in state,
-        out_features=[f"stage{i + 1}" for i in range(stages)],
-    )
+    backbone: dict[str, Any] = {
+        "embed_dim": patches[0],
+        "num_channels": patches[1],
+        "patch_size": patches[2],
+        "depths": [_count(state, f"backbone.stages.{i}.blocks.") for i in range(stages)],
+        "num_heads": [heads for _, heads in tables],
+        "window_size": (math.isqrt(tables[0][0]) + 1) // 2,
+        "mlp_ratio": state["backbone.stages.0.blocks.0.ffn.layers.0.0.weight"].shape[0] / patches[0],
+        "qkv_bias": "backbone.stages.0.blocks.0.attn.w_msa.qkv.bias" in state,
+        "out_features": [f"stage{i + 1}" for i in range(stages)],
+    }
     pixel, decoder = f"{HEAD}.pixel_decoder", f"{HEAD}.transformer_decoder"
     first = f"{pixel}.encoder.layers.0"
     queries, hidden = state[f"{HEAD}.query_feat.weight"].shape
-    return Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=_in_groups(state[f"{pixel}.level_encoding.weight"].shape[1]),
-        mask_feature_size=state[f"{pixel}.mask_feature.weight"].shape[0],
-        hidden_dim=hidden,
-        encoder_feedforward_dim=state[f"{first}.ffn.layers.0.0.weight"].shape[0],
-        dim_feedforward=state[f"{decoder}.layers.0.ffn.layers.0.0.weight"].shape[0],
-        encoder_layers=_count(state, f"{pixel}.encoder.layers."),
-        decoder_layers=_count(state, f"{decoder}.layers.") + 1,
-        num_attention_heads=_heads(state[f"{first}.self_attn.attention_weights.weight"].shape[0]),
-        enforce_input_projection=f"{HEAD}.decoder_input_projs.0.weight" in state,
-        num_queries=queries,
-        num_labels=state[f"{HEAD}.cls_embed.weight"].shape[0] - 1,
-        use_auxiliary_loss=True,  # without it transformers returns no class logits
-    )
+    sizes: dict[str, Any] = {
+        "feature_size": _in_groups(state[f"{pixel}.level_encoding.weight"].shape[1]),
+        "mask_feature_size": state[f"{pixel}.mask_feature.weight"].shape[0],
+        "hidden_dim": hidden,
+        "encoder_feedforward_dim": state[f"{first}.ffn.layers.0.0.weight"].shape[0],
+        "dim_feedforward": state[f"{decoder}.layers.0.ffn.layers.0.0.weight"].shape[0],
+        "encoder_layers": _count(state, f"{pixel}.encoder.layers."),
+        "decoder_layers": _count(state, f"{decoder}.layers.") + 1,
+        "num_attention_heads": _heads(state[f"{first}.self_attn.attention_weights.weight"].shape[0]),
+        "enforce_input_projection": f"{HEAD}.decoder_input_projs.0.weight" in state,
+        "num_queries": queries,
+        "num_labels": state[f"{HEAD}.cls_embed.weight"].shape[0] - 1,
+        "use_auxiliary_loss": True,  # without it transformers returns no class logits
+    }
+    return Mask2FormerConfig(backbone_config=SwinConfig(**backbone), **sizes)
 
 
 def _in_groups(channels: int) -> int:

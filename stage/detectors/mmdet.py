@@ -40,7 +40,7 @@ class MmdetDetector:
         ValueError: the weights do not fit the model, tensor for tensor, or its classes are not COCO's.
     """
 
-    class_names = CLASS_NAMES
+    class_names: Sequence[str] = CLASS_NAMES
 
     def __init__(self, config: str, weights: str, min_score: float, device: str) -> None:
         if not 0 <= min_score <= 1:
@@ -59,7 +59,9 @@ class MmdetDetector:
         self.model = init_detector(str(_config(config)), None, palette="random", device=str(self.device))
         classes = len(self.model.dataset_meta["classes"])
         if classes != len(CLASS_NAMES):
-            raise ValueError(f"the classes are the {len(CLASS_NAMES)} of COCO, {config} has {classes}; give another")
+            raise ValueError(
+                f"the classes are the {len(CLASS_NAMES)} of COCO, {config} has {classes}; give another"
+            )
         _fill(self.model, read_checkpoint(file), file)
         self.provenance = provenance(file, weights, None)
 
@@ -68,7 +70,9 @@ class MmdetDetector:
         from mmdet.apis import inference_detector
 
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not all(images.shape[1:]):
-            raise ValueError(f"pictures are uint8 [N, H, W, 3], got {images.dtype} {images.shape}; convert them to RGB")
+            raise ValueError(
+                f"pictures are uint8 [N, H, W, 3], got {images.dtype} {images.shape}; convert them to RGB"
+            )
         # mmdet reads pictures as OpenCV does: blue first.
         found = inference_detector(self.model, [np.ascontiguousarray(image[..., ::-1]) for image in images])
         return [self._by_class(sample.pred_instances.cpu().numpy()) for sample in found]
@@ -93,7 +97,9 @@ def _config(config: str) -> Path:
     for path in (Path(config).expanduser(), bundled):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"config is a file, or a file under {bundled.parents[1]}, got {config!r}; correct it")
+    raise FileNotFoundError(
+        f"config is a file, or a file under {bundled.parents[1]}, got {config!r}; correct it"
+    )
 
 
 def _fill(model: Any, state: dict[str, torch.Tensor], file: Path) -> None:

@@ -61,7 +61,9 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"a checkpoint maps names to tensors, {file} holds {type(state).__name__}; give another")
+        raise ValueError(
+            f"a checkpoint maps names to tensors, {file} holds {type(state).__name__}; give another"
+        )
     foreign = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise ValueError(
@@ -102,11 +104,17 @@ def _globals(file: Path) -> set[str]:
         with zipfile.ZipFile(file) as archive:
             records = [name for name in archive.namelist() if name.endswith("data.pkl")]
             return set().union(*(_named(io.BytesIO(archive.read(name))) for name in records))
-    with file.open("rb") as stream:  # before torch 1.6, and as mmdet publishes: four pickles, then the numbers
+    with file.open(
+        "rb"
+    ) as stream:  # before torch 1.6, and as mmdet publishes: four pickles, then the numbers
         return set().union(*(_named(stream) for _ in range(4)))
 
 
 def _named(stream: IO[bytes]) -> set[str]:
     """The names in one pickle, which is read through without being carried out."""
-    names = (argument.split(" ", 1) for code, argument, _ in pickletools.genops(stream) if code.name == "GLOBAL")
+    names = (
+        str(argument).split(" ", 1)
+        for code, argument, _ in pickletools.genops(stream)
+        if code.name == "GLOBAL"
+    )
     return {f"{PYTHON_2.get(module, module)}.{name}" for module, name in names}

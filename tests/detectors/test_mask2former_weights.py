@@ -60,12 +60,14 @@ def test_names_go_both_ways() -> None:
 
 
 def test_patches_merge_in_the_stated_order() -> None:
-    """C = 2: mmdet's columns are a00 a01 a10 a11 b00 b01 b10 b11; transformers reads a00 b00 a10 b10 a01 b01 a11 b11."""
+    """Of channels a, b, ...: mmdet has a00 a01 a10 a11 b00 ..., transformers a00 b00 ... a10 b10 ... a01 ... a11 ..."""
     model = tiny_model(width=16)
     state = in_mmdet(model, 3)
     name = "backbone.stages.0.downsample.norm.weight"
     state[name] = torch.arange(64).float()  # channel c, neighbour n (00, 01, 10, 11) at 4 c + n
-    norm = build(state).state_dict()["model.pixel_level_module.encoder.swin.encoder.layers.0.downsample.norm.weight"]
+    norm = build(state).state_dict()[
+        "model.pixel_level_module.encoder.swin.encoder.layers.0.downsample.norm.weight"
+    ]
     assert norm[:2].tolist() == [0.0, 4.0]  # neighbour 00 of channels 0 and 1
     assert norm[16:18].tolist() == [2.0, 6.0]  # 10
     assert norm[32:34].tolist() == [1.0, 5.0]  # 01
@@ -92,7 +94,10 @@ def test_all_faults_are_listed_at_once() -> None:
     assert "3 unexpected: " in unexpected and "backbone.absolute_pos_embed" in unexpected
     assert "relative_position_index (not the usual index)" in unexpected
     assert "qkv.bias (50,) (not 3 equal parts)" in unexpected
-    assert "2 mis-shaped: backbone.stages.0.downsample.reduction.weight (as (32, 63) instead of (32, 64))" in shaped
+    assert (
+        "2 mis-shaped: backbone.stages.0.downsample.reduction.weight (as (32, 63) instead of (32, 64))"
+        in shaped
+    )
     assert "panoptic_head.mask_embed.4.bias (as (3,) instead of (16,))" in shaped
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,29 +72,29 @@ def tiny_model(
     decoder_layers: int = 2,
 ) -> Mask2FormerForUniversalSegmentation:
     """A random model; every tensor is drawn, so that none keeps the value it would have by default."""
-    backbone = SwinConfig(
-        embed_dim=width,
-        depths=list(depths),
-        num_heads=[1, 2, 2, 4],
-        window_size=window,
-        mlp_ratio=2.0,
-        qkv_bias=qkv_bias,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=32,
-        mask_feature_size=16,
-        hidden_dim=hidden,
-        encoder_feedforward_dim=48,
-        dim_feedforward=40,
-        encoder_layers=2,
-        decoder_layers=decoder_layers + 1,
-        num_attention_heads=4,
-        num_queries=6,
-        num_labels=labels,
-        use_auxiliary_loss=True,
-    )
+    backbone: dict[str, Any] = {
+        "embed_dim": width,
+        "depths": list(depths),
+        "num_heads": [1, 2, 2, 4],
+        "window_size": window,
+        "mlp_ratio": 2.0,
+        "qkv_bias": qkv_bias,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    sizes: dict[str, Any] = {
+        "feature_size": 32,
+        "mask_feature_size": 16,
+        "hidden_dim": hidden,
+        "encoder_feedforward_dim": 48,
+        "dim_feedforward": 40,
+        "encoder_layers": 2,
+        "decoder_layers": decoder_layers + 1,
+        "num_attention_heads": 4,
+        "num_queries": 6,
+        "num_labels": labels,
+        "use_auxiliary_loss": True,
+    }
+    config = Mask2FormerConfig(backbone_config=SwinConfig(**backbone), **sizes)
     model = Mask2FormerForUniversalSegmentation(config).eval()
     for name, tensor in model.state_dict().items():
         if not name.startswith("criterion"):
@@ -130,9 +132,9 @@ def in_mmdet(model: Mask2FormerForUniversalSegmentation, layout: int) -> dict[st
             state[mmdet_name(name)] = unmerge(tensor)
         else:
             state[mmdet_name(name)] = tensor
-    window = model.config.backbone_config.window_size
     for name in [name for name in state if name.endswith("relative_position_bias_table")]:
-        state[name.replace("bias_table", "index")] = position_index(window)
+        window_size = (math.isqrt(len(state[name])) + 1) // 2
+        state[name.replace("bias_table", "index")] = position_index(window_size)
     return state if layout == 3 else {as_in_2(name): tensor for name, tensor in state.items()}
 
 
@@ -164,8 +166,31 @@ def position_index(window: int) -> Tensor:
     return index
 
 
+# `tiny_model` of 80 classes in the words of the golden file of mmdet.
+SIZES = {
+    "embed_dims": 16,
+    "depths": (1, 2, 1, 1),
+    "num_heads": (1, 2, 2, 4),
+    "window": 4,
+    "mlp_ratio": 2,
+    "feat_channels": 32,
+    "out_channels": 16,
+    "num_queries": 6,
+    "heads": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn": 48,
+    "decoder_ffn": 40,
+}
+
+
 def save_checkpoint(folder: Path, layout: int = 3) -> Path:
     """A file of mmdet's kind with a tiny random model of 80 classes."""
     file = folder / "tiny.pth"
-    torch.save({"meta": {"CLASSES": ("person",)}, "state_dict": in_mmdet(tiny_model(), layout)}, file)
+    content = {
+        "meta": {"CLASSES": ("person",)},
+        "config": SIZES,
+        "state_dict": in_mmdet(tiny_model(), layout),
+    }
+    torch.save(content, file)
     return file
