@@ -3,11 +3,14 @@
 #   make train CHECKPOINT=best                  which checkpoint of the run is evaluated
 #   make test ARGS="tests/objective -k tied"    arguments of pytest
 #   make test PYTHON=python3.12                 the interpreter that .venv is made from
+#   make env-mmdet MMDET_PYTHON=PATH            the Python 3.11 of the environment of mmdet
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 CHECKPOINT ?= last
+MMDET_PYTHON ?= python3.11
+MMDET_VENV ?= .venv-mmdet
 
 # The folder of the run that `make train` starts and then evaluates: as train.py would choose it.
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS)))
@@ -23,7 +26,7 @@ INSTALL := $(if $(UV),$(UV) pip install --python $(PY),$(PY) -m pip install) --c
 EXTRAS := geneval ocr lora serve launchers dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install train evaluate test test-all lint format constraints clean
+.PHONY: help install train evaluate test test-all lint format constraints env-mmdet clean
 
 help:  ## this list
 	@echo "Targets (the first one installs what it needs into $(VENV), about 6 GB):"
@@ -61,6 +64,9 @@ constraints:  ## resolve constraints.txt anew (needs uv); pins that still hold s
 	@test -n "$(UV)" || { echo "make constraints needs uv on the PATH" >&2; exit 1; }
 	$(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 	    --no-header --no-annotate $(addprefix --extra ,$(EXTRAS)) --output-file constraints.txt pyproject.toml
+
+env-mmdet:  ## make .venv-mmdet, where mmdet itself runs (about 6 GB, ten minutes)
+	bash environments/mmdet.sh $(MMDET_VENV) $(MMDET_PYTHON)
 
 clean:  ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) build stage_rl.egg-info .pytest_cache .mypy_cache .ruff_cache

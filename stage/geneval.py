@@ -232,6 +232,16 @@ class Judge:
                 kept[name] = suppress(best[: self.max_objects], self.nms_threshold)
         return kept
 
+    def to_color(self, request: Request, detections: Detections) -> list[tuple[str, Sequence[Detection]]]:
+        """Class and objects of each question that `rule` would ask `colors`, for who wants to ask them together."""
+        kept = self.keep(detections, request.tag)
+        asked = {
+            (clause.name, clause.count)
+            for clause in request.include
+            if clause.color is not None and len(kept.get(clause.name, ())) >= clause.count
+        }
+        return [(name, kept[name][:count]) for name, count in sorted(asked)]
+
     def rule(self, request: Request, detections: Detections, colors: Colors) -> Ruling:
         """The ruling on one picture.
 

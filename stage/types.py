@@ -122,10 +122,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found in an image: pixel box `(x0, y0, x1, y1)` and a score in [0, 1]."""
+    """One object found in an image: pixel box `(x0, y0, x1, y1)` and a score in [0, 1].
+
+    `mask` is a bool array of the image's shape `[H, W]`, or None where the detector gives boxes alone.
+    """
 
     box: tuple[float, float, float, float]
     score: float
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 Detections = Mapping[str, Sequence[Detection]]
@@ -143,6 +147,19 @@ class ColorClassifier(Protocol):
     """Names the colour of each detected object of one class in one uint8 image `[H, W, 3]`."""
 
     def colors(self, image: np.ndarray, class_name: str, objects: Sequence[Detection]) -> list[str]: ...
+
+
+@runtime_checkable
+class BatchColorClassifier(Protocol):
+    """A colour classifier that looks at many pictures at once.
+
+    Each sight is a picture `[H, W, 3]`, the class of some objects in it and these objects; the answer has one list of
+    colours for each sight.
+    """
+
+    def colors_in_batches(
+        self, sights: Sequence[tuple[np.ndarray, str, Sequence[Detection]]]
+    ) -> list[list[str]]: ...
 
 
 @runtime_checkable

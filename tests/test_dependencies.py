@@ -12,6 +12,7 @@ from pathlib import Path
 # Import name to distribution, where they differ.
 DISTRIBUTION = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "hydra": "hydra-core",
     "markupsafe": "jinja2",  # the strings of jinja2's templates
     "open_clip": "open-clip-torch",

@@ -18,7 +18,15 @@ MAX_FUNCTION_LINES = 60
 
 # Folders where people keep their things, as an absolute path.
 MACHINE_PATH = re.compile(r"(?<![\w./~$}-])(/(?:home|Users|root|mnt|work)/\w[\w./-]*|[A-Z]:\\\\?Users)")
-BUILD_FILES = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run", ".pre-commit-config.yaml")
+BUILD_FILES = (
+    "pyproject.toml",
+    "constraints.txt",
+    "Makefile",
+    "environments/mmdet.txt",
+    "environments/mmdet.sh",
+    ".ci/run",
+    ".pre-commit-config.yaml",
+)
 PACKAGE_INDEX = re.compile(r"https?://|index-url|find-links|file:|git\+|@ *\S+\.whl", re.IGNORECASE)
 UNSAFE_CALLS = {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}
 

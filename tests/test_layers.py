@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "parts", "objective"),
-    "stage.detectors": ("*", "paddle_models"),
+    "stage.detectors": ("*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
     "stage.rewards": (
         "batcher batches grid mentions pixels weights wire",

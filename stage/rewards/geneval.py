@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stage.geneval import Judge, Ruling
+from stage.geneval import Colors, Judge, Ruling
 from stage.request import Request, parse_request
 from stage.types import (
+    BatchColorClassifier,
     ColorClassifier,
     Detection,
     Detections,
@@ -105,7 +107,9 @@ class GenEvalReward:
         pictures = images.flatten(0, 1).cpu().numpy()
         found = self._detect(pictures)
         group = images.shape[1]
-        rulings = [self._rule(requests[i // group], pictures[i], found[i]) for i in range(len(pictures))]
+        asked = [requests[i // group] for i in range(len(pictures))]
+        colors = self._colors(asked, pictures, found)
+        rulings = [self.judge.rule(*row) for row in zip(asked, found, colors, strict=True)]
         values = torch.tensor([self._values(ruling) for ruling in rulings], device=images.device)
         reasons = [_reason(ruling) for ruling in rulings]
         return Scores(
@@ -150,18 +154,39 @@ class GenEvalReward:
             )
         return found
 
-    def _rule(self, request: Request, picture: np.ndarray, detections: Detections) -> Ruling:
-        def colors(name: str, objects: Sequence[Detection]) -> list[str]:
-            try:
-                return self.color_classifier.colors(picture, name, objects)
-            except Exception as error:
-                raise ValueError(
-                    f"every colour that decides must be looked at, but "
-                    f"{type(self.color_classifier).__name__} failed on {len(objects)} {name!r}: {error!r}; "
-                    f"repair it, no reward was made up"
-                ) from error
+    def _colors(
+        self, requests: Sequence[Request], pictures: np.ndarray, found: Sequence[Detections]
+    ) -> list[Colors]:
+        """For each picture what names the colours of its objects; asked for all at once where that is possible."""
+        classifier = self.color_classifier
+        if not isinstance(classifier, BatchColorClassifier):
+            return [partial(self._name_colors, picture) for picture in pictures]
+        asked = [self.judge.to_color(*pair) for pair in zip(requests, found, strict=True)]
+        sights = [(pictures[i], *one) for i, several in enumerate(asked) for one in several]
+        try:
+            named = classifier.colors_in_batches(sights)
+        except Exception as error:
+            raise self._colorless(error, f"{len(sights)} kinds of objects") from error
+        if len(named) != len(sights):
+            raise ValueError(
+                f"a colour classifier answers for each kind of objects, {type(classifier).__name__} gave "
+                f"{len(named)} answers for {len(sights)}; repair how it batches"
+            )
+        answers = iter(named)
+        known = [{(name, len(objects)): next(answers) for name, objects in several} for several in asked]
+        return [partial(_recall, one) for one in known]
 
-        return self.judge.rule(request, detections, colors)
+    def _name_colors(self, picture: np.ndarray, name: str, objects: Sequence[Detection]) -> list[str]:
+        try:
+            return self.color_classifier.colors(picture, name, objects)
+        except Exception as error:
+            raise self._colorless(error, f"{len(objects)} {name!r}") from error
+
+    def _colorless(self, error: Exception, objects: str) -> ValueError:
+        return ValueError(
+            f"every colour that decides must be looked at, but {type(self.color_classifier).__name__} failed on "
+            f"{objects}: {error!r}; repair it, no reward was made up"
+        )
 
     def _range(self, part: str) -> tuple[float, float]:
         """Lowest and highest value of a part."""
@@ -175,6 +200,13 @@ class GenEvalReward:
             "correct": float(ruling.correct),
         }
         return [values[name] for name in self.names]
+
+
+def _recall(
+    known: Mapping[tuple[str, int], Sequence[str]], name: str, objects: Sequence[Detection]
+) -> Sequence[str]:
+    """The colours named before of this many objects of a class."""
+    return known[name, len(objects)]
 
 
 def _known(prompt: Prompt, kind: str, name: str, known: Sequence[str]) -> None:

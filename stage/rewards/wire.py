@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ FORMATS = ("PNG", "WEBP")
 MAX_PROMPTS, MAX_GROUP, MAX_TEXT, MAX_SIDE = 4096, 1024, 20_000, 4096
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Range = tuple[Finite | None, Finite | None]  # JSON has no infinity: None is no bound
 
 
 class Message(BaseModel):
@@ -77,7 +79,7 @@ class ScoreAnswer(Message):
     weights: list[Finite]
     parts: list[list[list[Finite]]]
     reasons: list[list[str]]
-    ranges: list[tuple[Finite, Finite]] | None
+    ranges: list[Range] | None
 
 
 def to_prompts(prompts: Sequence[WirePrompt]) -> tuple[Prompt, ...]:
@@ -141,8 +143,14 @@ def to_answer(scores: Scores, scorer: str) -> ScoreAnswer:
         weights=list(scores.weights),
         parts=scores.parts.tolist(),
         reasons=[list(row) for row in scores.reasons],
-        ranges=None if scores.ranges is None else list(scores.ranges),
+        ranges=None
+        if scores.ranges is None
+        else [(_bound(low), _bound(high)) for low, high in scores.ranges],
     )
+
+
+def _bound(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def from_answer(answer: ScoreAnswer, prompts: int, group: int) -> Scores:
@@ -156,11 +164,15 @@ def from_answer(answer: ScoreAnswer, prompts: int, group: int) -> Scores:
             f"{len(answer.parts)} rows of (samples, parts) {sorted(lengths)}"
         )
     parts = torch.tensor(answer.parts, dtype=torch.float32)
-    ranges = None if answer.ranges is None else tuple(answer.ranges)
+    ranges = None if answer.ranges is None else tuple(_range(*bounds) for bounds in answer.ranges)
     if ranges is not None:
         _check_ranges(parts, answer.names, ranges)
     reasons = tuple(tuple(row) for row in answer.reasons)
     return Scores(parts, tuple(answer.names), tuple(answer.weights), reasons, ranges)
+
+
+def _range(low: float | None, high: float | None) -> tuple[float, float]:
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _check_ranges(parts: Tensor, names: Sequence[str], ranges: Sequence[tuple[float, float]]) -> None:
@@ -169,7 +181,7 @@ def _check_ranges(parts: Tensor, names: Sequence[str], ranges: Sequence[tuple[fl
     for index, (name, (low, high)) in enumerate(zip(names, ranges, strict=True)):
         column = parts[..., index]
         # The bounds themselves may be rounded on their way through float32.
-        slack = 1e-6 * max(1.0, abs(low), abs(high))
+        slack = 1e-6 * max([1.0, *(abs(bound) for bound in (low, high) if math.isfinite(bound))])
         if column.min() < low - slack or column.max() > high + slack:
             raise ValueError(
                 f"the part {name!r} must lie in [{low}, {high}]; got {column.min().item()} to {column.max().item()}"

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -257,6 +259,87 @@ def test_the_recipe_states_every_argument(root: Path) -> None:
     assert set(detector) == set(inspect.signature(ShapeDetector).parameters)
     scores = GenEvalReward(PixelDetector(), **recipe)(IMAGES, PROMPTS)
     assert scores.names == ("partial", "strict") and scores.weights == (1.0, 0.0)
+
+
+class Batching(PixelDetector):
+    """A classifier that is asked about all pictures at once, and counts how often."""
+
+    def __init__(self, lost: int = 0) -> None:
+        super().__init__()
+        self.sights: list[list[tuple[str, int]]] = []
+        self.lost = lost
+
+    def colors(self, image: np.ndarray, class_name: str, objects: Sequence[Detection]) -> list[str]:
+        raise AssertionError("asked about one picture alone")
+
+    def colors_in_batches(
+        self, sights: Sequence[tuple[np.ndarray, str, Sequence[Detection]]]
+    ) -> list[list[str]]:
+        self.sights.append([(name, len(objects)) for _, name, objects in sights])
+        answers = [super(Batching, self).colors(*sight) for sight in sights]
+        return answers[self.lost :]
+
+
+def test_colors_of_all_pictures_are_asked_for_together() -> None:
+    """One question a rollout, about the pictures with a dog where a red dog is asked for; the scores are the same."""
+    classifier = Batching()
+    scores, expected = (reward(None, one)(IMAGES, PROMPTS) for one in (classifier, None))
+    assert classifier.sights == [[("dog", 1)] * 3]
+    assert torch.equal(scores.parts, expected.parts) and scores.reasons == expected.reasons
+
+
+def test_several_objects_and_classes_of_one_picture() -> None:
+    """Two red dogs and one blue cat: each class with as many objects as count; a prompt without colour asks nothing."""
+    classifier = Batching()
+    asked = prompt({**DOG, "count": 2, "color": "red"}, {"class": "cat", "count": 1, "color": "blue"})
+    full = picture((0, 0, 1, 10), (3, 0, 1, 10), (6, 0, 2, 20))
+    scores = reward(None, classifier)(torch.stack([full, RED])[None], (asked,))
+    assert classifier.sights == [[("cat", 1), ("dog", 2)]]
+    assert scores.parts[0, :, 1].tolist() == [1, 0]
+
+
+def test_a_classifier_that_loses_an_answer_stops_the_run() -> None:
+    with pytest.raises(ValueError, match="Batching gave 2 answers for 3; repair how it batches"):
+        reward(None, Batching(lost=1))(IMAGES, PROMPTS)
+
+
+def test_the_published_recipe_with_tiny_networks(root: Path, tmp_path: Path) -> None:
+    """conf/reward/geneval.yaml with GenEval's numbers, on a random Mask2Former and a random CLIP."""
+    pytest.importorskip("cv2", reason="the extra `geneval` is not installed: no OpenCV")
+    pytest.importorskip("open_clip", reason="the extra `geneval` is not installed: no open_clip")
+    from tests.detectors.tiny_clip import make_clip
+    from tests.detectors.tiny_mask2former import save_checkpoint
+
+    name, clip = make_clip(tmp_path)
+    config = OmegaConf.load(root / "conf" / "reward" / "geneval.yaml")
+    assert config.detector.min_score == config.threshold == 0.3
+    changes = {
+        "detector": {"weights": str(save_checkpoint(tmp_path)), "scale": [96, 64]},
+        "color_classifier": {"weights": str(clip), "model": name},
+        "threshold": 0.0,
+        "counting_threshold": 0.0,
+    }
+    scorer = instantiate(OmegaConf.merge(config, changes))
+    images = torch.randint(0, 256, (2, 2, 32, 48, 3), dtype=torch.uint8)
+    found = scorer.detector.detect(images.flatten(0, 1).numpy())
+    common = max(found[0], key=lambda name: min(len(objects.get(name, ())) for objects in found))
+    asked = prompt({"class": common, "count": 1, "color": "red"})
+    scores = scorer(images, (asked, asked))
+    assert scores.parts.shape == (2, 2, 2) and (scores.parts >= 0).all() and (scores.parts <= 1).all()
+    assert all(common in reason for group in scores.reasons for reason in group if reason != "as asked")
+    with pytest.raises(ValueError, match="asks for the class 'unicorn', but only person, bicycle"):
+        scorer(images, (prompt({"class": "unicorn", "count": 1}), asked))
+    with pytest.raises(ValueError, match="asks for the colour 'teal'"):
+        scorer(images, (prompt({"class": "dog", "count": 1, "color": "teal"}), asked))
+
+
+def test_without_weights_the_recipe_says_what_to_download(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cv2", reason="the extra `geneval` is not installed: no OpenCV")
+    pytest.importorskip("open_clip", reason="the extra `geneval` is not installed: no open_clip")
+    config = OmegaConf.load(root / "conf" / "reward" / "geneval.yaml")
+    config.detector.weights = str(tmp_path)
+    with pytest.raises(InstantiationException, match=r"before the first rollout.*Run `mim download mmdet"):
+        instantiate(config)
 
 
 def test_prompts_are_checked_before_anything_is_drawn() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,11 @@ def test_prompts_survive_with_their_metadata() -> None:
 
 
 SCORES = Scores(
-    torch.tensor([[[0.25, 3.0], [1.0, 4.0]]]), ("a", "b"), (1.0, 0.0), (("x", "y"),), ((0.0, 1.0), (0.0, 9.0))
+    torch.tensor([[[0.25, 3.0], [1.0, 4.0]]]),
+    ("a", "b"),
+    (1.0, 0.0),
+    (("x", "y"),),
+    ((0.0, 1.0), (0.0, math.inf)),
 )
 
 
