@@ -1,7 +1,7 @@
 """The models that a command looks at: the base, and what training made of it.
 
-`checkpoint=PATH` names a training checkpoint, which records its own model and sampler; or a model folder in the
-transformers layout; or nothing, which is the base model of the configuration. Finding a subject costs a hash; its
+`checkpoint=PATH` names a training checkpoint, which records its own model and sampler; or a model folder in either
+layout; or nothing, which is the base model of the configuration. Finding a subject costs a hash; its
 weights are loaded when images must be drawn.
 """
 
@@ -17,7 +17,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from stage.paths import resolve
+from stage.paths import configured_folder, resolve
 from stage.policy.janus import JanusPolicy
 from stage.training_checkpoint import check_base, load_trained, read_training_checkpoint, weights_sha256
 
@@ -47,7 +47,7 @@ class Subject:
         if self.checkpoint is not None:
             trained = read_training_checkpoint(self.checkpoint)
             source = str(self.model["path"])
-            check_base(trained, {"path": source, "sha256": weights_sha256(resolve(source))})
+            check_base(trained, {"path": source, "sha256": weights_sha256(configured_folder(self.model))})
             load_trained(policy, trained)
         return policy.to(device).eval().requires_grad_(False)
 
@@ -97,7 +97,7 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     if path is None or path.is_dir():
         model, sampler = (_plain(config[group]) for group in RECORDED)
         base = _folder(model)
-        tuned = None if path is None else _folder({**model, "path": str(path)})
+        tuned = None if path is None else _folder(_moved(model, path))
         return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
     trained = read_training_checkpoint(path)
     model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
@@ -115,14 +115,16 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
 
 
+def _moved(model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of a model with its weights from a local folder, and its tokenizer if that has one."""
+    moved = {**model, "path": str(folder), "revision": None, "subfolder": None}
+    if (folder / "tokenizer.json").is_file():
+        moved["tokenizer"] = None
+    return moved
+
+
 def _folder(model: Mapping[str, Any]) -> Subject:
-    path = str(model["path"])
-    folder = resolve(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"a model must be a local folder; {folder} does not exist. Correct model.path, or download the model first."
-        )
-    return Subject(path, weights_sha256(folder), model)
+    return Subject(str(model["path"]), weights_sha256(configured_folder(model)), model)
 
 
 def _recorded(
