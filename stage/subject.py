@@ -1,8 +1,8 @@
 """The models that a command looks at: the base, and what training made of it.
 
 `checkpoint=PATH` names a training checkpoint, which records its own model and sampler; or a model folder in either
-layout; or nothing, which is the base model of the configuration. Finding a subject costs a hash; its
-weights are loaded when images must be drawn.
+layout; or the folder of an adapter, which stands on the base of the configuration; or nothing, which is that base
+alone. Finding a subject costs a hash; its weights are loaded when images must be drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from stage.paths import configured_folder, resolve
+from stage.policy.adapter_files import CONFIG, read_adapter
 from stage.policy.janus import JanusPolicy
 from stage.training_checkpoint import check_base, load_trained, read_training_checkpoint, weights_sha256
 
@@ -97,7 +98,7 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     if path is None or path.is_dir():
         model, sampler = (_plain(config[group]) for group in RECORDED)
         base = _folder(model)
-        tuned = None if path is None else _folder(_moved(model, path))
+        tuned = None if path is None else _tuned(model, path)
         return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
     trained = read_training_checkpoint(path)
     model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
@@ -115,12 +116,23 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
 
 
-def _moved(model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration of a model with its weights from a local folder, and its tokenizer if that has one."""
-    moved = {**model, "path": str(folder), "revision": None, "subfolder": None}
-    if (folder / "tokenizer.json").is_file():
-        moved["tokenizer"] = None
-    return moved
+def _tuned(model: Mapping[str, Any], folder: Path) -> Subject:
+    """A model folder or, on top of the base, the folder of an adapter."""
+    if not (folder / CONFIG).is_file():
+        moved = {**model, "path": str(folder), "revision": None, "subfolder": None}
+        if (folder / "tokenizer.json").is_file():
+            moved["tokenizer"] = None
+        return _folder(moved)
+    saved = read_adapter(folder)
+    adapter = {
+        "_target_": "stage.policy.lora.Lora",
+        "rank": saved.rank,
+        "alpha": saved.alpha,
+        "dropout": 0,
+        "targets": list(saved.targets),
+        "path": str(folder),
+    }
+    return Subject(str(folder), weights_sha256(folder), {**model, "adapter": adapter})
 
 
 def _folder(model: Mapping[str, Any]) -> Subject:

@@ -22,8 +22,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
-    ("train", "evaluate", "stage.sample"),
+    (
+        "stage.module",
+        "stage.callbacks",
+        "stage.checkpoints",
+        "stage.speed",
+        "stage.launch",
+        "stage.model_card",
+    ),
+    ("train", "evaluate", "stage.sample", "stage.export"),
 )
 
 # Folders whose files build on one another, lowest step first; `*` is every file not named. Files of one step
@@ -31,11 +38,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
     "stage.policy": (
-        "template names lora",
+        "template names",
         "architecture weights",
         "layout text",
-        "convert",
-        "checkpoint",
+        "adapter_files convert",
+        "checkpoint lora",
         "janus",
         "sampler",
     ),

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,15 @@ def write_checkpoint(
     words: Path,
     shard_bytes: int = SHARD_BYTES,
     changed: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """All files of a checkpoint in the layout `to`, into an existing folder.
 
     `changed` are tensors, by transformers' name, that replace those of the source; a tied head follows its embedding.
+    `dtype` is the type of all floating-point tensors, None that of each in the source.
     """
+    if dtype is not None:
+        opened.config.dtype = dtype
     if to == TRANSFORMERS:
         _text_for_transformers(opened, words, folder)
         outputs = _transformers_outputs(opened, changed or {})
@@ -94,6 +98,8 @@ def write_checkpoint(
     else:
         _text_for_the_original(opened, words, folder)
         outputs = _original_outputs(opened, changed or {})
+    if dtype is not None:
+        outputs = [_cast(output, dtype) for output in outputs]
     write_tensors(folder, outputs, shard_bytes, opened.weights.release)
 
 
@@ -201,6 +207,12 @@ def _output(opened: ModelFolder, name: str, written: str, changed: Mapping[str, 
         item.dtype,
         lambda: changed[name].to(item.dtype) if name in changed else opened.read(name),
     )
+
+
+def _cast(output: Output, dtype: torch.dtype) -> Output:
+    if not output.dtype.is_floating_point:
+        return output
+    return replace(output, dtype=dtype, read=lambda: output.read().to(dtype))
 
 
 def _checked(output: Output) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
 from stage.objective.logprobs import token_scores
+from stage.paths import model_folder
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
+from stage.policy.lora import Lora, NoAdapter
 from stage.policy.template import Template
 from stage.types import PromptTokens, TokenScores, map_tensors
 
@@ -28,7 +30,7 @@ def load_policy(
     dtype: str,
     freeze: Sequence[str],
     gradient_checkpointing: bool,
-    adapter: Callable[[JanusPolicy], None] | None = None,
+    adapter: Lora | NoAdapter | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     tokenizer: str | None = None,
@@ -50,6 +52,8 @@ def load_policy(
     Raises:
         FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
     """
+    if adapter is not None:
+        adapter.check(model_folder(path, revision, subfolder))
     checkpoint = read_checkpoint(
         path, resolve_dtype(dtype), revision=revision, subfolder=subfolder, tokenizer=tokenizer
     )

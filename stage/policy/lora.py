@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ADAPTER = "default"  # the name that peft gives an adapter, part of its parameters' names
+from stage.policy.adapter_files import ADAPTER, check_adapter, load_adapter, read_adapter
 
 
 @dataclass(frozen=True)
 class NoAdapter:
     """Trains the weights of the model themselves (conf/model/adapter/none.yaml)."""
+
+    def check(self, base: Path) -> None:
+        """Nothing can be wrong."""
 
     def __call__(self, policy: nn.Module) -> None:
         """Leave the policy as it is."""
@@ -32,7 +36,7 @@ class Lora:
 
     rank: of the update of each layer. alpha: the update counts alpha / rank times. targets: names of linear layers of
     the language model. dropout: must be 0, since the sampler has none, so sampled and replayed log-probabilities
-    would differ.
+    would differ. path: folder of a saved adapter to begin from, None for a fresh one.
 
     Raises ValueError for other numbers.
     """
@@ -41,6 +45,7 @@ class Lora:
     alpha: float
     dropout: float
     targets: Sequence[str]
+    path: str | None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0:
@@ -54,9 +59,28 @@ class Lora:
                 f"{self.dropout}. Set model.adapter.dropout to 0."
             )
 
+    def check(self, base: Path) -> None:
+        """Compare a saved adapter with these settings and with the model folder `base`, before weights are read.
+
+        Raises FileNotFoundError or ValueError as `read_adapter` and `check_adapter`, and ValueError for an adapter of
+        another rank, alpha or set of layers.
+        """
+        if self.path is None:
+            return
+        saved = read_adapter(Path(self.path).expanduser())
+        stated = (self.rank, self.alpha, tuple(sorted(self.targets)))
+        if stated != (saved.rank, saved.alpha, saved.targets):
+            raise ValueError(
+                f"model.adapter must be as the adapter in {self.path} was made: rank {saved.rank}, "
+                f"alpha {saved.alpha}, targets {', '.join(saved.targets)}; got {stated[0]}, {stated[1]}, {', '.join(stated[2])}."
+            )
+        check_adapter(saved, base)
+
     def __call__(self, policy: nn.Module) -> None:
-        """Attach the adapter to the policy."""
+        """Attach the adapter to the policy; call `check` before the policy is loaded."""
         add_lora(policy, rank=self.rank, alpha=self.alpha, targets=self.targets)
+        if self.path is not None:
+            load_adapter(policy, read_adapter(Path(self.path).expanduser()))
 
 
 def add_lora(policy: Any, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -168,6 +192,15 @@ class AdaptersOff(nn.Module):
             return self.policy.score(*arguments, **options)
 
     forward = score
+
+
+def merged_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """The effective weights of all layers with an adapter, by the name that the layer's weight has in the base."""
+    return {
+        f"{name}.weight": merged_weight(module)
+        for name, module in policy.named_modules()
+        if hasattr(module, "lora_A")
+    }
 
 
 def _layers(policy: nn.Module) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from stage.policy.adapter_files import save_adapter
 from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.lora import (
     AdaptersOff,
@@ -18,8 +19,10 @@ from stage.policy.lora import (
     has_adapters,
     merged_weight,
 )
+from stage.training_checkpoint import weights_sha256
 from stage.types import TokenScores
 from tests.policy.conftest import PLAIN, PROMPTS, load
+from tests.policy.tiny_model import build_tiny_janus
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 
@@ -123,7 +126,7 @@ def test_the_adapter_of_a_bfloat16_model_is_float32(random_checkpoint: Path) -> 
         "bfloat16",
         (),
         True,
-        Lora(rank=2, alpha=2.0, dropout=0, targets=["q_proj"]),
+        Lora(rank=2, alpha=2.0, dropout=0, targets=["q_proj"], path=None),
     )
     block: Any = policy.language_model.layers[0]
     layer = block.self_attn.q_proj
@@ -146,7 +149,9 @@ def test_the_adapter_of_a_bfloat16_model_is_float32(random_checkpoint: Path) -> 
 )
 def test_what_is_no_adapter(changes: dict[str, Any], message: str, policy: JanusPolicy) -> None:
     with pytest.raises(ValueError, match=message):
-        Lora(**{"rank": 2, "alpha": 2.0, "dropout": 0, "targets": ["q_proj"], **changes})(policy)
+        Lora(**{"rank": 2, "alpha": 2.0, "dropout": 0, "targets": ["q_proj"], "path": None, **changes})(
+            policy
+        )
     assert not has_adapters(policy)
 
 
@@ -155,3 +160,76 @@ def test_one_adapter_a_policy(policy: JanusPolicy) -> None:
     add_lora(policy, rank=2, alpha=2.0, targets=["q_proj"])
     with pytest.raises(ValueError, match="one adapter"):
         add_lora(policy, rank=2, alpha=2.0, targets=["q_proj"])
+
+
+class TestOnDisk:
+    """An adapter in peft's format."""
+
+    @pytest.fixture
+    def saved(self, random_checkpoint: Path, tmp_path: Path) -> tuple[JanusPolicy, Path]:
+        policy = adapted(random_checkpoint)
+        base = {"path": str(random_checkpoint), "sha256": weights_sha256(random_checkpoint)}
+        save_adapter(policy, tmp_path / "adapter", base)
+        return policy, tmp_path / "adapter"
+
+    def settings(self, folder: Path, **changes: Any) -> Lora:
+        targets = sorted(ATTENTION + MLP)
+        return Lora(
+            **{"rank": 3, "alpha": 6.0, "dropout": 0, "targets": targets, "path": str(folder), **changes}
+        )
+
+    def test_a_policy_begins_from_it(self, saved: tuple[JanusPolicy, Path], random_checkpoint: Path) -> None:
+        policy, folder = saved
+        again = load_policy(str(random_checkpoint), PLAIN, "float32", (), False, self.settings(folder))
+        torch.testing.assert_close(score(again, again).logps, score(policy, policy).logps, rtol=0, atol=0)
+
+    def test_peft_loads_it(self, saved: tuple[JanusPolicy, Path], random_checkpoint: Path) -> None:
+        policy, folder = saved
+        model: Any = peft.PeftModel.from_pretrained(load(random_checkpoint).model, str(folder))
+        for layer in range(2):
+            mine: Any = policy.language_model.layers[layer]
+            theirs = model.base_model.model.model.language_model.layers[layer]
+            for name in MLP:
+                for side in ("lora_A", "lora_B"):
+                    left, right = (getattr(getattr(block.mlp, name), side) for block in (mine, theirs))
+                    assert torch.equal(left["default"].weight, right["default"].weight)
+        assert not has_adapters(model.base_model.model.model.vision_model)
+        merged = model.merge_and_unload().model.language_model.layers[1].mlp.up_proj.weight
+        block: Any = policy.language_model.layers[1]
+        torch.testing.assert_close(merged, merged_weight(block.mlp.up_proj), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"seed": 1}, "belongs to another base .* with sha256"),
+            ({"hidden": 32}, r"\[3, 128\], and .*\[32, 64\]"),
+        ],
+    )
+    def test_another_base_is_refused_before_its_weights_are_read(
+        self,
+        saved: tuple[JanusPolicy, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        other: dict[str, Any],
+        message: str,
+    ) -> None:
+        base = build_tiny_janus(tmp_path / "other", **other)
+
+        def fail(*_arguments: Any, **_options: Any) -> None:
+            raise AssertionError("weights were read")
+
+        monkeypatch.setattr("stage.policy.janus.read_checkpoint", fail)
+        with pytest.raises(ValueError, match=message):
+            load_policy(str(base), PLAIN, "float32", (), False, self.settings(saved[1]))
+
+    def test_other_settings_or_no_adapter(
+        self, saved: tuple[JanusPolicy, Path], random_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match="rank 3, alpha 6"):
+            self.settings(saved[1], rank=4).check(random_checkpoint)
+        with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+            self.settings(tmp_path / "nothing").check(random_checkpoint)
+        whole = (saved[1] / "adapter_model.safetensors").read_bytes()
+        (saved[1] / "adapter_model.safetensors").write_bytes(whole[:-1])
+        with pytest.raises(ValueError, match="is damaged"):
+            self.settings(saved[1]).check(random_checkpoint)
