@@ -88,7 +88,7 @@ def write_adapter(subject: Subject, base: Mapping[str, str], folder: Path) -> No
 
 
 def write_merged(subject: Subject, folder: Path, layout: str, dtype: str | None, shard_bytes: int) -> None:
-    """The whole model: tensors of the base, with what was trained in their place, in the types of the base or `dtype`."""
+    """The whole model: the base with what was trained in its place, in the types of the base or in `dtype`."""
     from stage.paths import configured_folder, model_folder
     from stage.policy.checkpoint import resolve_dtype
     from stage.policy.convert import write_checkpoint

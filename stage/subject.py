@@ -97,13 +97,13 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     path = None if config.checkpoint is None else resolve(str(config.checkpoint))
     if path is None or path.is_dir():
         model, sampler = (_plain(config[group]) for group in RECORDED)
-        base = _folder(model)
+        base = _folder(model if path is None else _without_adapter(model))
         tuned = None if path is None else _tuned(model, path)
         return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
     trained = read_training_checkpoint(path)
     model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
     tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]))
-    return Subjects(_folder(model), tuned, sampler, trained["config"])
+    return Subjects(_folder(_without_adapter(model)), tuned, sampler, trained["config"])
 
 
 def choose_device(name: str) -> torch.device:
@@ -114,6 +114,11 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+
+
+def _without_adapter(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of what an adapter stands on."""
+    return {**model, "adapter": None} if "adapter" in model else dict(model)
 
 
 def _tuned(model: Mapping[str, Any], folder: Path) -> Subject:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,19 +87,17 @@ def write_checkpoint(
     """All files of a checkpoint in the layout `to`, into an existing folder.
 
     `changed` are tensors, by transformers' name, that replace those of the source; a tied head follows its embedding.
-    `dtype` is the type of all floating-point tensors, None that of each in the source.
+    `dtype` is the type of what transformers reads, None that of each tensor in the source.
     """
     if dtype is not None:
         opened.config.dtype = dtype
     if to == TRANSFORMERS:
         _text_for_transformers(opened, words, folder)
-        outputs = _transformers_outputs(opened, changed or {})
+        outputs = _transformers_outputs(opened, changed or {}, dtype)
         keep_unread(opened, folder)
     else:
         _text_for_the_original(opened, words, folder)
-        outputs = _original_outputs(opened, changed or {})
-    if dtype is not None:
-        outputs = [_cast(output, dtype) for output in outputs]
+        outputs = _original_outputs(opened, changed or {}, dtype)
     write_tensors(folder, outputs, shard_bytes, opened.weights.release)
 
 
@@ -153,13 +151,17 @@ def keep_unread(opened: ModelFolder, folder: Path) -> None:
     write_shard(kept / "model.safetensors", {name: opened.weights.read(name) for name in opened.unread})
 
 
-def _transformers_outputs(opened: ModelFolder, changed: Mapping[str, Tensor]) -> list[Output]:
+def _transformers_outputs(
+    opened: ModelFolder, changed: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> list[Output]:
     tied = bool(opened.config.tie_word_embeddings)
     names = [name for name in opened.tensors if not (tied and name == HEAD)]
-    return [_output(opened, name, name, changed) for name in names]
+    return [_output(opened, name, changed, dtype) for name in names]
 
 
-def _original_outputs(opened: ModelFolder, changed: Mapping[str, Tensor]) -> list[Output]:
+def _original_outputs(
+    opened: ModelFolder, changed: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> list[Output]:
     shapes = opened.shapes
     if HEAD not in shapes:
         shapes[HEAD] = shapes[EMBEDDING]  # the original always stores its head
@@ -169,7 +171,7 @@ def _original_outputs(opened: ModelFolder, changed: Mapping[str, Tensor]) -> lis
         if original in unread:
             continue
         names = [EMBEDDING if name not in opened.tensors else name for name in to_transformers(original)]
-        parts = [_output(opened, name, name, changed) for name in names]
+        parts = [_output(opened, name, changed, dtype) for name in names]
         outputs.append(Output(original, shape, parts[0].dtype, partial(_joined, original, parts)))
     return outputs + list(unread.values())
 
@@ -199,20 +201,18 @@ def _unread(opened: ModelFolder) -> dict[str, Output]:
     }
 
 
-def _output(opened: ModelFolder, name: str, written: str, changed: Mapping[str, Tensor]) -> Output:
+def _output(
+    opened: ModelFolder, name: str, changed: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Output:
+    """A tensor by transformers' name, of the source or of `changed`, in its type in the source or in `dtype`."""
     item = opened.tensors[name]
+    wanted = dtype if dtype is not None and item.dtype.is_floating_point else item.dtype
     return Output(
-        written,
+        name,
         item.shape,
-        item.dtype,
-        lambda: changed[name].to(item.dtype) if name in changed else opened.read(name),
+        wanted,
+        lambda: (changed[name] if name in changed else opened.read(name)).to(wanted),
     )
-
-
-def _cast(output: Output, dtype: torch.dtype) -> Output:
-    if not output.dtype.is_floating_point:
-        return output
-    return replace(output, dtype=dtype, read=lambda: output.read().to(dtype))
 
 
 def _checked(output: Output) -> Tensor:

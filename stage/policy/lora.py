@@ -71,8 +71,9 @@ class Lora:
         stated = (self.rank, self.alpha, tuple(sorted(self.targets)))
         if stated != (saved.rank, saved.alpha, saved.targets):
             raise ValueError(
-                f"model.adapter must be as the adapter in {self.path} was made: rank {saved.rank}, "
-                f"alpha {saved.alpha}, targets {', '.join(saved.targets)}; got {stated[0]}, {stated[1]}, {', '.join(stated[2])}."
+                f"model.adapter must be as the adapter in {self.path} was made: rank {saved.rank}, alpha "
+                f"{saved.alpha}, targets {', '.join(saved.targets)}; got {stated[0]}, {stated[1]}, "
+                f"{', '.join(stated[2])}."
             )
         check_adapter(saved, base)
 
