@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoImageProcessor,
     GenerationConfig,
@@ -43,6 +44,8 @@ def read_tokenizer(folder: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         folder, local_files_only=True, **({} if named else _named_tokens(folder))
     )
+    if str(stated.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        _frame(tokenizer, bos=stated.get("add_bos_token", True), eos=stated.get("add_eos_token", False))
     known = tokenizer.get_vocab()
     absent = [name for name in IMAGE_TOKENS if getattr(tokenizer, name, None) not in known]
     if absent:
@@ -134,6 +137,17 @@ def write_for_the_original(source: Path, folder: Path, image_size: int, image_to
         folder / "processor_config.json",
         {"processor_class": "VLChatProcessor", "num_image_tokens": image_tokens, **fixed, **tags},
     )
+
+
+def _frame(tokenizer: Any, bos: bool, eos: bool) -> None:
+    """Frame a text as LlamaTokenizerFast of transformers 4 does, whatever tokenizer.json says of it."""
+    first, last = (
+        (str(tokenizer.bos_token), tokenizer.bos_token_id),
+        (str(tokenizer.eos_token), tokenizer.eos_token_id),
+    )
+    special = [token for token, wanted in ((first, bos), (last, eos)) if wanted and token[1] is not None]
+    words = [first[0]] * (first in special) + ["$A"] + [last[0]] * (last in special)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=words, special_tokens=special)
 
 
 def _named_tokens(folder: Path) -> dict[str, Any]:
