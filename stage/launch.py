@@ -238,10 +238,10 @@ def quiet_libraries() -> None:
 
 def base_weights(model: DictConfig) -> dict[str, str]:
     """Path and sha256 of the weights that a policy is loaded from: the identity of a base in checkpoints."""
-    from stage.paths import resolve
+    from stage.paths import configured_folder
     from stage.training_checkpoint import weights_sha256
 
-    return {"path": str(model.path), "sha256": weights_sha256(resolve(str(model.path)))}
+    return {"path": str(model.path), "sha256": weights_sha256(configured_folder(model))}
 
 
 def first_line(prepared: Prepared, module: Any, device: Any) -> str:

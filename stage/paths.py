@@ -1,12 +1,18 @@
-"""Where an input lies, at a plain path or inside an installed Python package, and what it is by its hash."""
+"""Where an input lies: at a plain path, inside an installed Python package, or in a repository of a model hub."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "package://"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # `owner/name` on huggingface.co
+# Weights, configurations and tokenizers; pictures, code and the state of optimizers stay where they are.
+WANTED = ("*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "*.jinja")
 
 
 def resolve(path: str | Path) -> Path:
@@ -41,6 +47,55 @@ def resolve(path: str | Path) -> Path:
             f"that the package was installed with its data"
         )
     return target
+
+
+def model_folder(path: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The local folder of a model: a folder, a `package://` path, or a hub repository, which is downloaded once.
+
+    Args:
+        path: an existing folder counts before a repository of that name.
+        revision: branch, tag or commit of a repository; None is its main branch.
+        subfolder: folder inside of the other one.
+
+    Raises FileNotFoundError where there is no such folder, or where the repository can neither be reached nor found
+    among earlier downloads.
+    """
+    folder = resolve(path)
+    if not folder.is_dir():
+        if not REPOSITORY.fullmatch(str(path)):
+            raise FileNotFoundError(
+                f"a model must be a local folder or a hub repository owner/name; {folder} does not exist. "
+                "Correct model.path."
+            )
+        folder = _download(str(path), revision, subfolder)
+    folder = folder / subfolder if subfolder else folder
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"a model must be an existing folder; {folder} does not exist. Correct model.path or model.subfolder."
+        )
+    return folder
+
+
+def configured_folder(model: Mapping[str, Any]) -> Path:
+    """`model_folder` of a model's configuration: its `path`, `revision` and `subfolder`."""
+    return model_folder(str(model["path"]), model.get("revision"), model.get("subfolder"))
+
+
+def _download(repository: str, revision: str | None, subfolder: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    # A subfolder may lean on configuration and tokenizer files at the top of its repository.
+    wanted = [inside + pattern for pattern in WANTED] + (["*.json"] if inside else [])
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"{repository} is no local folder, and could not be downloaded from the hub either: {reason}. Connect to "
+            "the network once, or download the repository elsewhere and set model.path to its folder."
+        ) from error
 
 
 def sha256(file: Path) -> str:

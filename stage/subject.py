@@ -1,8 +1,8 @@
 """The models that a command looks at: the base, and what training made of it.
 
-`checkpoint=PATH` names a training checkpoint, which records its own model and sampler; or a model folder in the
-transformers layout; or nothing, which is the base model of the configuration. Finding a subject costs a hash; its
-weights are loaded when images must be drawn.
+`checkpoint=PATH` names a training checkpoint, which records its own model and sampler; or a model folder in either
+layout; or the folder of an adapter, which stands on the base of the configuration; or nothing, which is that base
+alone. Finding a subject costs a hash; its weights are loaded when images must be drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from stage.paths import resolve
+from stage.paths import configured_folder, resolve
+from stage.policy.adapter_files import CONFIG, read_adapter
 from stage.policy.janus import JanusPolicy
 from stage.training_checkpoint import check_base, load_trained, read_training_checkpoint, weights_sha256
 
@@ -47,7 +48,7 @@ class Subject:
         if self.checkpoint is not None:
             trained = read_training_checkpoint(self.checkpoint)
             source = str(self.model["path"])
-            check_base(trained, {"path": source, "sha256": weights_sha256(resolve(source))})
+            check_base(trained, {"path": source, "sha256": weights_sha256(configured_folder(self.model))})
             load_trained(policy, trained)
         return policy.to(device).eval().requires_grad_(False)
 
@@ -96,13 +97,13 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     path = None if config.checkpoint is None else resolve(str(config.checkpoint))
     if path is None or path.is_dir():
         model, sampler = (_plain(config[group]) for group in RECORDED)
-        base = _folder(model)
-        tuned = None if path is None else _folder({**model, "path": str(path)})
+        base = _folder(model if path is None else _without_adapter(model))
+        tuned = None if path is None else _tuned(model, path)
         return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
     trained = read_training_checkpoint(path)
     model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
     tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]))
-    return Subjects(_folder(model), tuned, sampler, trained["config"])
+    return Subjects(_folder(_without_adapter(model)), tuned, sampler, trained["config"])
 
 
 def choose_device(name: str) -> torch.device:
@@ -115,14 +116,32 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
 
 
+def _without_adapter(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of what an adapter stands on."""
+    return {**model, "adapter": None} if "adapter" in model else dict(model)
+
+
+def _tuned(model: Mapping[str, Any], folder: Path) -> Subject:
+    """A model folder or, on top of the base, the folder of an adapter."""
+    if not (folder / CONFIG).is_file():
+        moved = {**model, "path": str(folder), "revision": None, "subfolder": None}
+        if (folder / "tokenizer.json").is_file():
+            moved["tokenizer"] = None
+        return _folder(moved)
+    saved = read_adapter(folder)
+    adapter = {
+        "_target_": "stage.policy.lora.Lora",
+        "rank": saved.rank,
+        "alpha": saved.alpha,
+        "dropout": 0,
+        "targets": list(saved.targets),
+        "path": str(folder),
+    }
+    return Subject(str(folder), weights_sha256(folder), {**model, "adapter": adapter})
+
+
 def _folder(model: Mapping[str, Any]) -> Subject:
-    path = str(model["path"])
-    folder = resolve(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"a model must be a local folder; {folder} does not exist. Correct model.path, or download the model first."
-        )
-    return Subject(path, weights_sha256(folder), model)
+    return Subject(str(model["path"]), weights_sha256(configured_folder(model)), model)
 
 
 def _recorded(

@@ -32,14 +32,17 @@ REQUIRED = ("state_dict", "update", "config", "overrides", "base", "random")
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """sha256 over names and bytes of the safetensors files of a model folder, in the order of their names.
+    """sha256 over names and bytes of the weight files of a model folder, in the order of their names.
 
-    Raises FileNotFoundError when the folder holds none.
+    Those are its safetensors files, or its pytorch_model*.bin where it has none.
+
+    Raises FileNotFoundError when the folder holds neither.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(
-            f"a model folder must hold *.safetensors files; {folder} holds none. Check `model.path`."
+            f"a model folder must hold *.safetensors or pytorch_model*.bin files; {folder} holds none. "
+            "Check `model.path`."
         )
     digest = hashlib.sha256()
     for file in files:

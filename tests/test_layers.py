@@ -15,15 +15,32 @@ import pytest
 
 # Lowest first: modules, or all files of a folder.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint"),
+    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint", "stage.optimizer"),
     ("stage.objective.*",),
-    ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
-    ("stage.subject",),
+    ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
+    ("stage.subject", "stage.memory"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
-    ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.alarms", "stage.checkpoints", "stage.speed", "stage.launch"),
-    ("train", "evaluate", "stage.sample", "stage.prompts", "stage.rewards.serve", "stage.rewards.selfcheck"),
+    ("stage.loggers", "stage.forecast"),
+    (
+        "stage.module",
+        "stage.callbacks",
+        "stage.alarms",
+        "stage.ratio_gate",
+        "stage.checkpoints",
+        "stage.speed.*",
+        "stage.launch",
+        "stage.model_card",
+    ),
+    (
+        "train",
+        "evaluate",
+        "stage.sample",
+        "stage.export",
+        "stage.prompts",
+        "stage.rewards.serve",
+        "stage.rewards.selfcheck",
+    ),
 )
 
 # Folders whose files build on one another, lowest step first; `*` is every file not named. Files of one step
@@ -31,7 +48,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "parts", "objective"),
     "stage.detectors": ("*", "paddle_models mask2former mmdet clip_colors"),
-    "stage.policy": ("template checkpoint", "janus", "sampler"),
+    "stage.policy": (
+        "padding plan_layout names attention draws triton_linear triton_decode triton_draw",
+        "template architecture weights",
+        "layout text",
+        "adapter_files convert",
+        "checkpoint lora",
+        "reference janus rollout_weights",
+        "decoder plans",
+        "graphed",
+        "sampler",
+        "drawing",
+    ),
     "stage.rewards": (
         "batcher batches grid mentions pixels weights wire",
         "grounding tower",
@@ -41,8 +69,9 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.speed": ("models machine", "training", "*", "__main__"),
     "stage.shapes": (
-        "scenes steps",
+        "scenes signs steps",
         "prompts tiny detector",
         "corpus detector_training",
         "vq",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stage.paths import resolve
+from stage.paths import configured_folder, model_folder, resolve
 
 
 def test_plain_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -40,3 +40,48 @@ def test_package_paths_from_any_directory(
 def test_package_paths_that_name_nothing(path: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="package"):
         resolve(path)
+
+
+class TestModelFolder:
+    """Where the weights of a model lie."""
+
+    def test_a_folder_and_a_folder_inside(self, tmp_path: Path) -> None:
+        (tmp_path / "inner").mkdir()
+        assert model_folder(tmp_path) == tmp_path
+        assert model_folder(tmp_path, None, "inner") == tmp_path / "inner"
+        assert configured_folder({"path": str(tmp_path), "subfolder": "inner"}) == tmp_path / "inner"
+        with pytest.raises(FileNotFoundError, match=r"other does not exist.*model\.subfolder"):
+            model_folder(tmp_path, None, "other")
+
+    def test_neither_folder_nor_repository(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"nowhere does not exist.*model\.path"):
+            model_folder(tmp_path / "nowhere")
+
+    def test_a_folder_counts_before_a_repository(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "owner" / "name").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert model_folder("owner/name") == Path("owner/name")
+
+    def test_a_repository_that_was_downloaded_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """huggingface_hub's cache, laid out by hand: a branch names a commit, a commit has files."""
+        commit = "0" * 40
+        snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
+        (snapshot / "ours").mkdir(parents=True)
+        (snapshot / "ours" / "config.json").write_text("{}")
+        refs = tmp_path / "models--owner--name" / "refs"
+        refs.mkdir()
+        for name in ("main", "v2"):
+            (refs / name).write_text(commit)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        assert model_folder("owner/name", "v2", "ours") == snapshot / "ours"
+        assert model_folder("owner/name") == snapshot
+
+    def test_a_repository_without_a_network(self) -> None:
+        with pytest.raises(
+            FileNotFoundError, match="owner/absent is no local folder, and could not be downloaded"
+        ):
+            model_folder("owner/absent")

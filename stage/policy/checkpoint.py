@@ -1,19 +1,24 @@
-"""Reading a Janus checkpoint folder, with every cheap check before the weights are touched."""
+"""Reading a Janus checkpoint, with every cheap check before the weights are touched, and converting one.
+
+`python -m stage.policy.checkpoint convert SRC DST --to transformers|multi_modality`
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoImageProcessor, AutoTokenizer, JanusForConditionalGeneration
+from transformers import GenerationConfig, JanusForConditionalGeneration
 
-from stage.paths import resolve
-
-IMAGE_TOKENS = ("image_token", "boi_token", "eoi_token")
+from stage.paths import model_folder
+from stage.policy.convert import convert
+from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS, ModelFolder, open_folder
+from stage.policy.text import generation_config, read_image_processor, read_tokenizer
+from stage.policy.weights import SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -35,97 +40,67 @@ def resolve_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def read_checkpoint(path: str | Path, dtype: torch.dtype) -> Checkpoint:
-    """Load a Janus saved by transformers' `save_pretrained` from a local folder; nothing is downloaded.
+def read_checkpoint(
+    path: str | Path,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tokenizer: str | None = None,
+) -> Checkpoint:
+    """Load a Janus in the layout of transformers or of the original, from a folder or a hub repository.
 
-    `lm_head` is tied to the text embeddings or not, as the folder's config.json says. Only safetensors are read.
+    `lm_head` is tied to the text embeddings or not, as the checkpoint says. No code of the checkpoint is run.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for a file of another model, a damaged
-    safetensors file, a tokenizer without the image tokens, or weights that do not fill the model.
+    Args:
+        path, revision, subfolder: see `stage.paths.model_folder`.
+        tokenizer: another folder or repository, for a checkpoint without tokenizer and processor files.
+
+    Raises FileNotFoundError for a missing folder or file, ValueError for a file of another model, a damaged file, a
+    tokenizer without the image tokens, or weights that do not fill the model.
     """
-    folder = resolve(str(path))
-    _check_config(folder)
-    for file in _weight_files(folder):
-        _check_safetensors(file)
-    tokenizer = _read_tokenizer(folder)
-    image_processor = _read_image_processor(folder)
-    loaded: Any = JanusForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    folder = model_folder(path, revision, subfolder)
+    source = open_folder(folder)
+    words = folder if tokenizer is None else model_folder(tokenizer)
+    read = read_tokenizer(words)
+    processor = read_image_processor(words)
+    source.check()
+    model = load_model(source, dtype)
+    if source.layout == MULTI_MODALITY:
+        model.generation_config = GenerationConfig(**generation_config(read))
+    return Checkpoint(model, read, processor)
+
+
+def load_model(source: ModelFolder, dtype: torch.dtype) -> JanusForConditionalGeneration:
+    """The model alone, in eval mode; a folder without tokenizer will do. Raises ValueError as `ModelFolder.check`."""
+    source.check()
+    return source.load(dtype).eval()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; a mistake ends it with one text and exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m stage.policy.checkpoint", description=__doc__)
+    command = parser.add_subparsers(required=True).add_parser(
+        "convert", help="write a checkpoint in the other layout, or in new shards; SRC is not changed"
     )
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"the weights in {folder} must fill the whole model; {len(missing)} tensors are missing, first "
-            f"{missing[0]}. They would be random: save the checkpoint again with save_pretrained."
-        )
-    return Checkpoint(model.eval(), tokenizer, image_processor)
-
-
-def _check_config(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"a checkpoint must be a local folder; {folder} does not exist. Download it first, or correct model.path."
-        )
-    config = _require(folder, "config.json")
-    kind = _read_json(config).get("model_type")
-    if kind != "janus":
-        raise ValueError(
-            f'config.json must be that of a transformers Janus, "model_type": "janus"; {config} has {kind!r}. '
-            "Convert the checkpoint to the transformers layout."
-        )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [_require(folder, "model.safetensors")]
-    names = sorted(set(_read_json(index)["weight_map"].values()))
-    return [_require(folder, name) for name in names]
-
-
-def _check_safetensors(file: Path) -> None:
-    # Opening compares the header with the length of the file, and reads no tensor.
+    command.add_argument("source", metavar="SRC", help="folder, package:// path or hub repository owner/name")
+    command.add_argument("destination", metavar="DST", type=Path, help="folder to make; must not exist")
+    command.add_argument("--to", required=True, choices=(TRANSFORMERS, MULTI_MODALITY), help="layout of DST")
+    command.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    command.add_argument("--subfolder", help="folder inside of SRC")
+    command.add_argument("--tokenizer", help="folder or repository with tokenizer files, where SRC has none")
+    command.add_argument(
+        "--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file, in MiB (%(default)s)"
+    )
+    given = parser.parse_args(arguments)
     try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights must be a whole safetensors file; {file} ({file.stat().st_size} bytes) is damaged: {error}. "
-            "Copy or download it again."
-        ) from error
+        source = model_folder(given.source, given.revision, given.subfolder)
+        words = model_folder(given.tokenizer) if given.tokenizer else source
+        convert(source, given.destination, given.to, words=words, shard_bytes=given.shard_mb << 20)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(f"{given.source} in the layout of {given.to} is in {given.destination}\n")
 
 
-def _read_tokenizer(folder: Path) -> Any:
-    _require(folder, "tokenizer_config.json")
-    _require(folder, "tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    known = tokenizer.get_vocab()
-    absent = [name for name in IMAGE_TOKENS if getattr(tokenizer, name, None) not in known]
-    if absent:
-        raise ValueError(
-            f"the tokenizer must name Janus's image tokens {', '.join(IMAGE_TOKENS)}; {folder} lacks "
-            f"{', '.join(absent)}. Take tokenizer.json and tokenizer_config.json from a Janus checkpoint."
-        )
-    return tokenizer
-
-
-def _read_image_processor(folder: Path) -> Any:
-    # Either name will do: transformers 5 writes the first, the checkpoints of transformers 4 have the second.
-    if not (folder / "processor_config.json").is_file():
-        _require(folder, "preprocessor_config.json")
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} must be JSON; {file} is not: {error}. Copy it again.") from error
-
-
-def _require(folder: Path, name: str) -> Path:
-    file = folder / name
-    if not file.is_file():
-        raise FileNotFoundError(f"a checkpoint folder must contain {name}; {folder} does not. Copy it there.")
-    return file
+if __name__ == "__main__":
+    main()

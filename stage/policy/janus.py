@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
 from stage.objective.logprobs import token_scores
+from stage.paths import model_folder
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
+from stage.policy.lora import Lora, NoAdapter
 from stage.policy.template import Template
 from stage.types import PromptTokens, TokenScores, map_tensors
 
@@ -23,24 +25,42 @@ DECODE_IMAGES = 64  # and never more: a chunk is always full
 
 
 def load_policy(
-    path: str, template: Template, dtype: str, freeze: Sequence[str], gradient_checkpointing: bool
+    path: str,
+    template: Template,
+    dtype: str,
+    freeze: Sequence[str],
+    gradient_checkpointing: bool,
+    adapter: Lora | NoAdapter | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tokenizer: str | None = None,
 ) -> JanusPolicy:
-    """A policy from a local checkpoint folder, ready to train: what conf/model/*.yaml instantiates.
+    """A policy from a checkpoint, ready to train: what conf/model/*.yaml instantiates.
 
     Args:
-        path: folder in the transformers layout, or `package://stage/...` for one inside the package.
+        path: folder in the layout of transformers or of the original, `package://stage/...` for one inside the
+            package, or a hub repository `owner/name`; see `stage.paths.model_folder`.
         template: words put around every prompt.
         dtype: type of weights and activations, `float32`, `bfloat16` or `float16`.
         freeze: modules that are not trained, named as in the checkpoint (`vision_model`, `generation_head`,
             `language_model.embed_tokens`, `lm_head`).
         gradient_checkpointing: recompute each layer of the language model in the backward pass.
+        adapter: attaches what is trained in place of the weights (`stage.policy.lora`); None is no adapter.
+        revision, subfolder: of a hub repository.
+        tokenizer: another folder or repository, for a checkpoint without tokenizer and processor files.
 
     Raises:
         FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
     """
-    checkpoint = read_checkpoint(path, resolve_dtype(dtype))
+    if adapter is not None:
+        adapter.check(model_folder(path, revision, subfolder))
+    checkpoint = read_checkpoint(
+        path, resolve_dtype(dtype), revision=revision, subfolder=subfolder, tokenizer=tokenizer
+    )
     policy = JanusPolicy(checkpoint.model, checkpoint.tokenizer, template, checkpoint.image_processor)
     policy.freeze(freeze)
+    if adapter is not None:
+        adapter(policy)
     if gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy

@@ -39,8 +39,8 @@ class TestBeforeTheWeights:
         with pytest.raises(FileNotFoundError, match=r"nowhere does not exist. .*model\.path"):
             load(tmp_path / "nowhere")
 
-    def test_a_name_of_a_hub_is_no_folder(self) -> None:
-        with pytest.raises(FileNotFoundError, match="must be a local folder"):
+    def test_a_repository_that_cannot_be_reached(self) -> None:
+        with pytest.raises(FileNotFoundError, match="is no local folder, and could not be downloaded"):
             load("deepseek-community/Janus-Pro-1B")
 
     @pytest.mark.parametrize(
