@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
-from stage.objective.logprobs import token_scores
+from stage.objective.logprobs import linear_token_scores
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.template import Template
 from stage.types import PromptTokens, TokenScores, map_tensors
@@ -234,7 +234,9 @@ class JanusPolicy(nn.Module):
         hidden = self.language_model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=self.position_ids(mask), use_cache=False
         ).last_hidden_state[:, text.shape[1] - 1 :]
-        scores = token_scores(self.image_logits(hidden, guidance_scale), tokens.flatten(0, 1), temperature)
+        last = self.model.model.generation_head.vision_head
+        features = self.head_features(hidden, guidance_scale)
+        scores = linear_token_scores(features, last.weight, last.bias, tokens.flatten(0, 1), temperature)
         return map_tensors(scores, lambda part: part.unflatten(0, (prompts, group)))
 
     forward = score
