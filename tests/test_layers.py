@@ -15,7 +15,7 @@ import pytest
 
 # Lowest first: modules, or all files of a folder.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint"),
+    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint", "stage.optimizer"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
     ("stage.subject",),
