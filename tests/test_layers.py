@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
+    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed.*", "stage.launch"),
     ("train", "evaluate", "stage.sample"),
 )
 
@@ -34,6 +34,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.speed": ("models", "*", "__main__"),
     "stage.shapes": (
         "scenes steps",
         "prompts tiny detector",
