@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
+    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed.*", "stage.launch"),
     ("train", "evaluate", "stage.sample"),
 )
 
@@ -30,10 +30,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
-    "stage.policy": ("template checkpoint", "janus", "sampler"),
+    "stage.policy": ("template checkpoint lora", "janus", "sampler"),
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.speed": ("models", "*", "__main__"),
     "stage.shapes": (
         "scenes steps",
         "prompts tiny detector",
