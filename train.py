@@ -42,6 +42,7 @@ def train(prepared: launch.Prepared) -> None:
         seed=config.seed,
         updates=config.updates,
         base=launch.base_weights(config.model),
+        reference_on_cpu=config.reference_on_cpu,
         config=launch.plain(config),
         overrides=prepared.overrides,
     )

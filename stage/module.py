@@ -13,7 +13,6 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
-import copy
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
 from stage.objective.objective import merge_metrics
+from stage.policy.reference import frozen_reference, place_reference
 from stage.rollout import Collected, Stopwatch, collect, micro_batches, scored_distribution, take
 from stage.training_checkpoint import (
     check_base,
@@ -49,8 +49,7 @@ class StageModule(LightningModule):
         sampler: draws tokens from the policy.
         scorer: turns images into reward parts.
         objective: credit and loss; also says how many updates a rollout serves, how many samples go into one
-            forward, and whether a reference is needed. The reference is a frozen copy of `policy` as it
-            comes.
+            forward, and whether a reference is needed. The reference is `policy` as it comes, frozen.
         prompts: `prompts.batch(update)` gives the prompts of an update.
         optimizer: called with the list of trainable parameters.
         scheduler: called with the optimizer; stepped once a rollout.
@@ -59,6 +58,7 @@ class StageModule(LightningModule):
         seed: of the sampling noise.
         updates: rollouts to do in all, counted from the start of the run and not from a resume.
         base: `{"path", "sha256"}` of the weights the policy was loaded from.
+        reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 
     Raises ValueError for a group of one, an update count below 1, or a policy without trainable parameters.
@@ -79,6 +79,7 @@ class StageModule(LightningModule):
         seed: int,
         updates: int,
         base: Mapping[str, str],
+        reference_on_cpu: bool,
         config: Mapping[str, Any],
         overrides: Sequence[str],
     ) -> None:
@@ -100,8 +101,8 @@ class StageModule(LightningModule):
         )
         self.policy = policy
         # nn.Module registers a module that is assigned to it; inside a tuple it stays out of the tree.
-        frozen = copy.deepcopy(policy).requires_grad_(False).eval() if objective.needs_reference else None
-        self._reference = (frozen,)
+        self._reference = (frozen_reference(policy) if objective.needs_reference else None,)
+        self.reference_on_cpu = reference_on_cpu
         self.sampler, self._scorer, self.objective, self.prompts = sampler, (scorer,), objective, prompts
         self._optimizer, self._scheduler = optimizer, scheduler
         self.group_size, self.gradient_clip = group_size, gradient_clip
@@ -135,7 +136,7 @@ class StageModule(LightningModule):
 
     def on_fit_start(self) -> None:
         if self.reference is not None:
-            self.reference.to(self.device)
+            place_reference(self.reference, self.device, self.reference_on_cpu)
 
     def on_train_start(self) -> None:
         # As late as possible: whatever drew random numbers while the run was put together is undone here.

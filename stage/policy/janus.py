@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
 from stage.objective.logprobs import linear_token_scores
+from stage.policy.attention import check_attention, set_attention
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.template import Template
 from stage.types import PromptTokens, TokenScores, map_tensors
@@ -29,6 +30,7 @@ def load_policy(
     freeze: Sequence[str],
     gradient_checkpointing: bool,
     adapter: Callable[[JanusPolicy], None] | None = None,
+    attention: str = "sdpa",
 ) -> JanusPolicy:
     """A policy from a local checkpoint folder, ready to train: what conf/model/*.yaml instantiates.
 
@@ -40,12 +42,15 @@ def load_policy(
             `language_model.embed_tokens`, `lm_head`).
         gradient_checkpointing: recompute each layer of the language model in the backward pass.
         adapter: attaches what is trained in place of the weights (`stage.policy.lora`); None is no adapter.
+        attention: kernel of the language model: `sdpa`, `eager`, or `flash_attention_2` and up where installed.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
+        FileNotFoundError, ValueError: see `read_checkpoint`, `check_attention` and `JanusPolicy.freeze`.
     """
+    check_attention(attention, resolve_dtype(dtype))
     checkpoint = read_checkpoint(path, resolve_dtype(dtype))
     policy = JanusPolicy(checkpoint.model, checkpoint.tokenizer, template, checkpoint.image_processor)
+    set_attention(policy.language_model, attention)
     policy.freeze(freeze)
     if adapter is not None:
         adapter(policy)
