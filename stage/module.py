@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
 from stage.objective.objective import merge_metrics
+from stage.optimizer import state_bytes
 from stage.policy.reference import frozen_reference, place_reference
 from stage.rollout import Collected, Stopwatch, collect, micro_batches, scored_distribution, take
 from stage.training_checkpoint import (
@@ -122,21 +123,29 @@ class StageModule(LightningModule):
         return self._scorer[0]
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        try:
-            optimizer = self._optimizer(trained)
+        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        with explained_settings():
             return [optimizer], [self._scheduler(optimizer)]
-        except TypeError as error:  # what torch makes of a word where it wants a number
-            raise ValueError(
-                f"optimizer and scheduler must take their settings, and do not: {error}"
-            ) from error
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the configuration for these parameters; raises ValueError for settings of a wrong kind."""
+        with explained_settings():
+            return self._optimizer(parameters)
+
+    def optimizer_bytes(self) -> int:
+        """What the optimizer will keep of all trained parameters, bytes."""
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad:
+                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return round(sum(size * state_bytes(self.make_optimizer, dtype) for dtype, size in sizes.items()))
 
     def train_dataloader(self) -> UpdateNumbers:
         return UpdateNumbers(lambda: self.update)
 
     def on_fit_start(self) -> None:
         if self.reference is not None:
-            place_reference(self.reference, self.device, self.reference_on_cpu)
+            place_reference(self.reference, self.policy, self.device, self.reference_on_cpu)
 
     def on_train_start(self) -> None:
         # As late as possible: whatever drew random numbers while the run was put together is undone here.
@@ -267,6 +276,15 @@ class StageModule(LightningModule):
         check_base(checkpoint, self.base)
         check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
         self.update, self._random = checkpoint["update"], checkpoint["random"]
+
+
+@contextmanager
+def explained_settings() -> Iterator[None]:
+    """Turn what torch makes of a word where it wants a number into a ValueError."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"optimizer and scheduler must take their settings, and do not: {error}") from error
 
 
 def check_finite(value: Tensor, name: str, update: int) -> None:

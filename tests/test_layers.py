@@ -18,10 +18,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint", "stage.optimizer"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
-    ("stage.subject",),
+    ("stage.subject", "stage.memory"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
-    ("stage.loggers",),
+    ("stage.loggers", "stage.forecast"),
     ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed.*", "stage.launch"),
     ("train", "evaluate", "stage.sample"),
 )

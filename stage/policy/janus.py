@@ -80,6 +80,7 @@ class JanusPolicy(nn.Module):
         """
         super().__init__()
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.gradient_checkpointing = False
         config: Any = model.config
         vq, vision, text = config.vq_config, config.vision_config, config.text_config
         self.grid: int = model.model.vqmodel.quantize.quant_state_dims[0]
@@ -152,6 +153,7 @@ class JanusPolicy(nn.Module):
         enable = getattr(model, names[1], None) or getattr(model, names[0])
         enable({"use_reentrant": False})
         model.train()
+        self.gradient_checkpointing = True
 
     def tokenize(self, texts: Sequence[str]) -> PromptTokens:
         """P prompts to left-padded tokens `[P, T]` on the model's device, ending in the image start token.

@@ -23,31 +23,29 @@ def frozen_reference(policy: nn.Module) -> nn.Module:
     return copy.deepcopy(policy, dict(shared)).requires_grad_(False).eval()
 
 
-def place_reference(reference: Any, device: torch.device, layers_on_cpu: bool) -> None:
-    """Move a reference to the device; with `layers_on_cpu` the layers of its language model stay behind.
+def place_reference(reference: Any, policy: nn.Module, device: torch.device, layers_on_cpu: bool) -> None:
+    """Move a reference to the device of its policy; with `layers_on_cpu` its own layers stay in CPU memory.
 
-    Each such layer is then copied to the device for the length of its own forward pass, from pinned memory. That
-    takes as long as the weights need through the bus (13 GB in about a third of a second), once a micro-batch.
-    Adapters have no layers of their own, and a CPU needs no copies: there `layers_on_cpu` changes nothing.
+    Each such layer is copied to the device for the length of its own forward pass, from pinned memory. That takes as
+    long as the weights need through the bus (12 GB in about a quarter of a second), once a micro-batch. Adapters have
+    no layers of their own, and a CPU needs no copies: there `layers_on_cpu` changes nothing.
     """
     if not layers_on_cpu or device.type == "cpu" or isinstance(reference, AdaptersOff):
         reference.to(device)
         return
-    language_model = reference.language_model
+    language_model, shared = reference.language_model, set(policy.parameters())
     layers, language_model.layers = language_model.layers, nn.ModuleList()
     reference.to(device)
     language_model.layers = layers
     for layer in layers:
-        _visit(layer, device)
+        _visit(layer, [parameter for parameter in layer.parameters() if parameter not in shared], device)
 
 
-def _visit(layer: nn.Module, device: torch.device) -> None:
-    """Keep a layer's weights in CPU memory, and on the device only while its forward pass runs."""
-    kept = {
-        parameter: parameter.data.pin_memory() if device.type == "cuda" else parameter.data
-        for parameter in layer.parameters()
-        if parameter.device.type == "cpu"  # one that is shared with the policy is on the device already
-    }
+def _visit(layer: nn.Module, own: list[nn.Parameter], device: torch.device) -> None:
+    """Keep a layer's own weights in CPU memory, and on the device only while its forward pass runs."""
+    kept = {parameter: parameter.data.cpu() for parameter in own}
+    if device.type == "cuda":
+        kept = {parameter: weights.pin_memory() for parameter, weights in kept.items()}
 
     def arrive(*_: Any) -> None:
         for parameter, weights in kept.items():

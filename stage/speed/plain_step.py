@@ -27,6 +27,7 @@ def plain_rollout(policy: JanusPolicy, prompt: PromptTokens, images: int, length
     """The first `length` image tokens of `images` samples of one prompt, `[1, images, length]`."""
     rows, mask = policy.prompt_rows(prompt, GUIDANCE)
     inputs, mask = rows.repeat_interleave(images, 0), mask.repeat_interleave(images, 0)
+    policy.language_model.eval()  # a checkpointing model in training mode uses no cache
     cache, drawn = DynamicCache(), []
     for _ in range(length):
         hidden = policy.language_model(
@@ -58,6 +59,8 @@ def measure_plain_step(policy: JanusPolicy, *, images: int, timed_tokens: int) -
     published code has beside it.
     """
     prompt, length = policy.tokenize(speed_prompts(1)), policy.num_image_tokens
+    if policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(policy.device)
     plain_rollout(policy, prompt, images, 2)
     started = _now(policy)
     plain_rollout(policy, prompt, images, timed_tokens)
@@ -74,6 +77,7 @@ def measure_plain_step(policy: JanusPolicy, *, images: int, timed_tokens: int) -
 
 
 def _pass(policy: JanusPolicy, prompt: PromptTokens, tokens: Tensor, *, gradient: bool) -> None:
+    policy.language_model.train(gradient)
     with torch.set_grad_enabled(gradient):
         logps, _ = plain_scores(policy, prompt, tokens)
         if gradient:

@@ -147,7 +147,7 @@ def measure_step(
     """Median seconds and largest memory of `repeats` steps of `images` images of one prompt, after one to warm up."""
     optimizer_of, objective = prepare(policy, kind), stage_objective()
     reference = frozen_reference(policy)
-    place_reference(reference, policy.device, reference_on_cpu)
+    place_reference(reference, policy, policy.device, reference_on_cpu)
     optimizer = optimizer_of([parameter for parameter in policy.parameters() if parameter.requires_grad])
     meters = []
     for update in range(repeats + 1):

@@ -18,7 +18,7 @@ FROZEN = ("vision_model", "aligner", "vqmodel", "generation_head", "language_mod
 
 
 def score(policy: Any, base: JanusPolicy) -> TokenScores:
-    tokens = torch.arange(4 * 2 * 16).view(4, 2, 16) % base.codebook_size
+    tokens = torch.arange(4 * 2 * 16, device=base.device).view(4, 2, 16) % base.codebook_size
     with torch.no_grad():
         return policy.score(base.tokenize(PROMPTS), tokens, guidance_scale=1.0, temperature=1.0)
 
@@ -68,7 +68,7 @@ def test_adapters_need_no_second_model(random_checkpoint: Path) -> None:
     before = score(policy, policy)
     add_lora(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     reference = frozen_reference(policy)
-    place_reference(reference, torch.device("cpu"), layers_on_cpu=True)
+    place_reference(reference, policy, torch.device("cpu"), layers_on_cpu=True)
     assert list(reference.parameters()) == []
     change(policy)
     assert torch.equal(score(reference, policy).logps, before.logps)
@@ -83,8 +83,9 @@ def test_layers_on_the_cpu_visit_the_device(random_checkpoint: Path) -> None:
     policy = load(random_checkpoint, FROZEN)
     reference, plain = frozen_reference(policy), copy.deepcopy(policy).to(device)
     policy.to(device)
-    place_reference(reference, device, layers_on_cpu=True)
-    layers: Any = reference.language_model.layers  # type: ignore[union-attr]
+    place_reference(reference, policy, device, layers_on_cpu=True)
+    language_model: Any = reference.language_model
+    layers = language_model.layers
     assert {p.device.type for p in layers.parameters()} == {"cpu"}
     for _ in range(2):
         torch.testing.assert_close(score(reference, policy).logps, score(plain, policy).logps)
@@ -95,5 +96,5 @@ def test_placing_on_a_cpu_is_plain(random_checkpoint: Path) -> None:
     policy = load(random_checkpoint, FROZEN)
     reference = frozen_reference(policy)
     before = score(reference, policy).logps
-    place_reference(reference, torch.device("cpu"), layers_on_cpu=True)
+    place_reference(reference, policy, torch.device("cpu"), layers_on_cpu=True)
     assert torch.equal(score(reference, policy).logps, before)
