@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ DECODE_IMAGES = 64  # and never more: a chunk is always full
 
 
 def load_policy(
-    path: str, template: Template, dtype: str, freeze: Sequence[str], gradient_checkpointing: bool
+    path: str,
+    template: Template,
+    dtype: str,
+    freeze: Sequence[str],
+    gradient_checkpointing: bool,
+    adapter: Callable[[JanusPolicy], None] | None = None,
 ) -> JanusPolicy:
     """A policy from a local checkpoint folder, ready to train: what conf/model/*.yaml instantiates.
 
@@ -34,6 +39,7 @@ def load_policy(
         freeze: modules that are not trained, named as in the checkpoint (`vision_model`, `generation_head`,
             `language_model.embed_tokens`, `lm_head`).
         gradient_checkpointing: recompute each layer of the language model in the backward pass.
+        adapter: attaches what is trained in place of the weights (`stage.policy.lora`); None is no adapter.
 
     Raises:
         FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
@@ -41,6 +47,8 @@ def load_policy(
     checkpoint = read_checkpoint(path, resolve_dtype(dtype))
     policy = JanusPolicy(checkpoint.model, checkpoint.tokenizer, template, checkpoint.image_processor)
     policy.freeze(freeze)
+    if adapter is not None:
+        adapter(policy)
     if gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
