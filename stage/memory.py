@@ -36,8 +36,8 @@ class ModelShape:
 
     weights: bytes of all parameters. trained: numbers that are trained, trained_bytes: their bytes. layer_trained:
     bytes of what is trained in one layer. adapted: whether it has adapters. rollout_copy: bytes of the weights that a
-    sampler has in storage of its own. width: b of the base weights. kv_width: key-value heads times their width; head_width: query heads times their width.
-    head_trained: whether the last layer of the image head is trained.
+    sampler has in storage of its own. width: b of the base weights. kv_width: key-value heads times their width,
+    head_width: query heads times theirs. head_trained: whether the last layer of the image head is trained.
     """
 
     weights: int

@@ -30,7 +30,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
-    "stage.policy": ("template checkpoint lora attention", "reference janus", "sampler"),
+    "stage.policy": (
+        "template checkpoint lora attention draws triton_linear triton_decode triton_draw",
+        "reference janus rollout_weights",
+        "decoder",
+        "graphed",
+        "sampler",
+    ),
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
