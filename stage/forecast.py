@@ -125,9 +125,9 @@ class Forecast(Callback):
 
     @staticmethod
     def line(left: int, seconds: float, processes: int) -> str:
-        """`79 updates to go at 1.4 s: about 0.03 hours, 0.03 GPU-hours, ...`."""
+        """`79 updates to go at 1.4 s: about 0.0307 hours, 0.0307 GPU-hours, ...`."""
         hours = left * seconds / 3600
         return (
-            f"{left} updates to go at {seconds:.1f} s: about {hours:.2f} hours, {hours * processes:.2f} "
+            f"{left} updates to go at {seconds:.1f} s: about {hours:.3g} hours, {hours * processes:.3g} "
             "GPU-hours, validation not counted"
         )

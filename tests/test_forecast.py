@@ -87,9 +87,9 @@ def report(seconds: list[float], updates: int, capsys: pytest.CaptureFixture[str
 
 def test_hours_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """360 updates left at 10 s are one hour, on two processes two GPU-hours."""
-    expected = "360 updates to go at 10.0 s: about 1.00 hours, 2.00 GPU-hours, validation not counted\n"
+    expected = "360 updates to go at 10.0 s: about 1 hours, 2 GPU-hours, validation not counted\n"
     assert report([10.0, 9.0, 1.0], 361, capsys) == expected
     # the first update warmed up for long: 359 updates at 5 s
-    again = "359 updates to go at 5.0 s: about 0.50 hours, 1.00 GPU-hours, validation not counted\n"
+    again = "359 updates to go at 5.0 s: about 0.499 hours, 0.997 GPU-hours, validation not counted\n"
     assert report([10.0, 5.0, 1.0], 361, capsys) == expected + again
     assert report([10.0], 1, capsys) == ""
