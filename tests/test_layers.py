@@ -40,7 +40,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
-    "stage.speed": ("models", "training", "*", "__main__"),
+    "stage.speed": ("models machine", "rollout", "plain_step", "training", "__main__"),
     "stage.shapes": (
         "scenes steps",
         "prompts tiny detector",

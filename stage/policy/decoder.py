@@ -168,7 +168,9 @@ class Prefill:
             turned, values = self._split(qkv.view(rows, length, -1, self.size), cos, sin)
             keys = turned[:, :, self.heads :]
             self.keys_values.append(torch.stack([keys, values], 2))
-            query, keys, values = (part.transpose(1, 2) for part in (turned[:, :, : self.heads], keys, values))
+            query, keys, values = (
+                part.transpose(1, 2) for part in (turned[:, :, : self.heads], keys, values)
+            )
             repeats = self.heads // self.kv_heads
             keys, values = (part.repeat_interleave(repeats, 1) for part in (keys, values))
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed, scale=self.scale)
@@ -226,7 +228,9 @@ class CachedDecoder:
         self.rope = cos, sin
         if not bool(self.prefixes.mask.all()):
             hidden_ones = F.pad(~self.prefixes.mask.bool(), (0, total - length))[of_row, None, None]
-            self.bias = torch.zeros_like(hidden_ones, dtype=self.weights.dtype).masked_fill_(hidden_ones, -torch.inf)
+            self.bias = torch.zeros_like(hidden_ones, dtype=self.weights.dtype).masked_fill_(
+                hidden_ones, -torch.inf
+            )
         return hidden[of_row]
 
     def step(self, embeddings: Tensor) -> Tensor:

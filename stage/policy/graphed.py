@@ -7,6 +7,7 @@ share them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,10 @@ class GraphedDecoder:
         empty = lambda *sizes: torch.empty(sizes, dtype=shape.dtype, device=device)  # noqa: E731
         self.prefix = empty(layers, 2, shape.prefixes, kv_heads, shape.prefix_room, size)
         self.cache = empty(layers, 2, shape.rows, kv_heads, max(1, shape.length - 1), size)
-        self.rope = empty(shape.prefix_room + shape.length, size), empty(shape.prefix_room + shape.length, size)
+        self.rope = (
+            empty(shape.prefix_room + shape.length, size),
+            empty(shape.prefix_room + shape.length, size),
+        )
         self.table = empty(self.policy.codebook_size, config.hidden_size)
         integers = lambda *sizes: torch.zeros(sizes, dtype=torch.long, device=device)  # noqa: E731
         self.prefix_of_row = integers(shape.rows)
@@ -104,27 +108,28 @@ class GraphedDecoder:
         self.uniforms = torch.zeros(shape.images, shape.length, dtype=torch.float64, device=device)
 
     def run(self, prefixes: Prefixes, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`; the rows of `prefixes` are those of the shape."""
+        """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`; `prefixes` has the rows of the shape."""
         self.table.copy_(self.policy.image_embeddings())
         self.uniforms.copy_(uniforms)
         hidden = self._prefill(prefixes)
-        if self.graph is None and self.shape.length > 1:
-            self._capture()
+        token = self._captured() if self.shape.length > 1 else self._token
         self.counters.zero_()
         self._draw(hidden)
         self.counters[1] = 1
         for _ in range(self.shape.length - 1):
-            self.graph.replay()  # type: ignore[union-attr]
+            token()
         return self.tokens.clone(), self.logps.clone()
 
     def _prefill(self, prefixes: Prefixes) -> Tensor:
         """Fill the prefix buffers with the real tokens of each prefix; hidden states `[R, D]` of their last."""
         model, (count, length) = self.policy.language_model, prefixes.mask.shape
-        for buffer, part in zip(self.rope, rope_table(model, len(self.rope[0]), self.shape.dtype), strict=True):
+        for buffer, part in zip(
+            self.rope, rope_table(model, len(self.rope[0]), self.shape.dtype), strict=True
+        ):
             buffer.copy_(part)
         prefill = Prefill(model, self.weights, prefixes)
         hidden = prefill.run(self.rope)
-        order = prefixes.mask.argsort(1, descending=True, stable=True)
+        order = prefixes.mask.argsort(dim=1, descending=True, stable=True)
         rows = torch.arange(count, device=order.device).unsqueeze(1)
         for layer, found in enumerate(prefill.keys_values):
             self.prefix[layer, :, :count, :, :length] = found[rows, order].permute(2, 0, 3, 1, 4)
@@ -160,20 +165,24 @@ class GraphedDecoder:
         logits = image_logits(self.policy, hidden, self.shape.guidance_scale)
         draw(logits, self.uniforms, self.counters[1:], self.shape.temperature, self.tokens, self.logps)
 
-    def _capture(self) -> None:
-        """Record `_token`. What it writes while it warms up is written again by the replays."""
-        self.counters[1] = 1
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+    def _captured(self) -> Callable[[], None]:
+        """`_token` as a graph, recorded the first time. What it writes while it warms up is written again later."""
+        if self.policy.device.type != "cuda":
+            return self._token  # Triton's interpreter: the same path without a graph
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            self.counters[1] = 1
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._token()
+                    self.counters.sub_(1)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads, a logger's for one, may use CUDA meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._token()
-                self.counters.sub_(1)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, a logger's for one, may use CUDA meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self._token()
+        return self.graph.replay
 
 
 class GraphedDecoders:

@@ -182,7 +182,7 @@ def attend(
     cache: tuple[Tensor, Tensor],
     heads: int,
     scale: float,
-    tiling: tuple[int, int, int] = (64, 4, 2),
+    span: int | None = None,
 ) -> Tensor:
     """Rotate a new token a row, append its key and value to the cache, and attend to prefix, cache and itself.
 
@@ -195,14 +195,15 @@ def attend(
         first_positions: `[U]`, position of the first token after each prefix.
         cache: keys and values `[R, kv heads, room, D]`.
         scale: of the scores.
-        tiling: positions read at a time, warps, pipeline stages.
+        span: positions read at a time; None takes what was fastest on an H200 (LOG.md).
 
     Returns `[R, heads * D]`.
     """
     keys, values = cache
     rows, kv_heads, room, size = keys.shape
     out = qkv.new_empty(rows, heads * size)
-    span, warps, stages = tiling
+    # Few programs must each have many reads under way; many small ones fill the machine by their number.
+    positions, warps, stages = (32, 2, 3) if rows * heads < 1024 else (16, 1, 2)
     kernel: Any = _attend
     kernel[(heads, rows)](
         qkv,
@@ -222,7 +223,7 @@ def attend(
         prefix[0].shape[2],
         room,
         SIZE=triton.next_power_of_2(size),
-        SPAN=span,
+        SPAN=span or positions,
         STAGES=stages,
         num_warps=warps,
     )

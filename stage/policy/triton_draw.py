@@ -45,7 +45,9 @@ def _draw(
     tl.store(logps + row * length + at, tl.where(broken == 1, float("nan"), logp))
 
 
-def draw(logits: Tensor, uniforms: Tensor, step: Tensor, temperature: float, tokens: Tensor, logps: Tensor) -> None:
+def draw(
+    logits: Tensor, uniforms: Tensor, step: Tensor, temperature: float, tokens: Tensor, logps: Tensor
+) -> None:
     """Write column `step` `[1]` of tokens and logps, both `[N, L]`, drawn from softmax(logits / temperature).
 
     Args:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 MAX_ROWS = 64  # with more, cuBLAS is as fast
 PROGRAMS = 128  # that should read at once: about one for each multiprocessor of a large GPU
-OUTPUTS, COLUMNS, STAGES = 64, 128, 5  # of a program, a tile and the pipeline
+OUTPUTS, COLUMNS = 64, 128  # of a tile
+STAGES = 5  # of the pipeline at most, where shared memory has room for so many tiles
 
 
 @triton.jit
@@ -66,6 +67,8 @@ def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
     span = triton.cdiv(triton.cdiv(columns, split), COLUMNS) * COLUMNS
     split = triton.cdiv(columns, span)
     out = x.new_empty(split, rows, outputs, dtype=torch.float32)
+    padded = max(16, triton.next_power_of_2(rows))
+    stages = _stages((OUTPUTS + padded) * COLUMNS * x.element_size(), x.device)
     kernel: Any = _linear_parts
     kernel[(tiles, split)](
         x,
@@ -76,11 +79,18 @@ def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
         columns,
         span,
         EVEN=columns % COLUMNS == 0 and outputs % OUTPUTS == 0,
-        ROWS=max(16, triton.next_power_of_2(rows)),
+        ROWS=padded,
         OUTPUTS=OUTPUTS,
         COLUMNS=COLUMNS,
-        STAGES=STAGES,
+        STAGES=stages,
         num_warps=4,
-        num_stages=STAGES,
+        num_stages=stages,
     )
     return out
+
+
+def _stages(tile_bytes: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max(1, min(STAGES, memory // tile_bytes))

@@ -1,43 +1,62 @@
 """The step as published code takes it, for comparison: a cache that grows, a Python launch for every token, and
 log-probabilities from the logits of all positions.
 
-Written after the description of krennic999/STAGE, src/grpo/src/open_r1/trainer/grpo_trainer.py: guided sampling with
-transformers' dynamic cache, then two passes whose logits stay in memory.
+After the description of krennic999/STAGE, src/grpo/src/open_r1/trainer/grpo_trainer.py. Its loops over ranks and its
+optimizer are left out, so the real one takes longer.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from stage.policy.janus import JanusPolicy
+from stage.speed.machine import peak_gibibytes, seconds
 from stage.speed.models import speed_prompts
-from stage.speed.training import Step
+from stage.speed.rollout import Row, plain_loop
 from stage.types import PromptTokens
 
-GUIDANCE = 5.0
 
+def plain_step(policy: JanusPolicy, images: int, timed_tokens: int) -> Row:
+    """Seconds of a plain step of `images` images of one prompt; the rollout is scaled from its first tokens.
 
-@torch.no_grad()
-def plain_rollout(policy: JanusPolicy, prompt: PromptTokens, images: int, length: int) -> Tensor:
-    """The first `length` image tokens of `images` samples of one prompt, `[1, images, length]`."""
-    rows, mask = policy.prompt_rows(prompt, GUIDANCE)
-    inputs, mask = rows.repeat_interleave(images, 0), mask.repeat_interleave(images, 0)
+    The columns are those of `Step.row`; what is not measured is NaN.
+    """
+    prompt, device = policy.tokenize(speed_prompts(1)), policy.device
+    timed_tokens = min(timed_tokens, policy.num_image_tokens)
     policy.language_model.eval()  # a checkpointing model in training mode uses no cache
-    cache, drawn = DynamicCache(), []
-    for _ in range(length):
-        hidden = policy.language_model(
-            inputs_embeds=inputs, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        probabilities = policy.image_logits(hidden, GUIDANCE).softmax(dim=-1)
-        drawn.append(torch.multinomial(probabilities, 1))
-        inputs = policy.model.prepare_embeddings_for_image_generation(drawn[-1].repeat(2, 1))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return torch.cat(drawn, dim=1).unsqueeze(0)
+    plain_loop(policy, prompt, images, 2)
+    scale = policy.num_image_tokens / timed_tokens
+    rollout = scale * seconds(lambda: plain_loop(policy, prompt, images, timed_tokens), device)
+    tokens = torch.randint(policy.codebook_size, (1, images, policy.num_image_tokens), device=device)
+
+    def forward() -> None:
+        plain_pass(policy, prompt, tokens, gradient=False)
+
+    def both() -> None:
+        plain_pass(policy, prompt, tokens, gradient=True)
+
+    forward()
+    reference, peak = seconds(forward, device), peak_gibibytes(both, device)
+    update = seconds(both, device)
+    return {
+        "seconds": rollout + reference + update,
+        "rollout_seconds": rollout,
+        "reference_seconds": reference,
+        "policy_seconds": update,
+        "update_seconds": float("nan"),
+        "peak_gib": peak,
+    }
+
+
+def plain_pass(policy: JanusPolicy, prompt: PromptTokens, tokens: Tensor, *, gradient: bool) -> None:
+    """Score, and go back through the scores where there is a gradient."""
+    policy.language_model.train(gradient)
+    with torch.set_grad_enabled(gradient):
+        logps, _ = plain_scores(policy, prompt, tokens)
+        if gradient:
+            logps.mean().backward()
+    policy.zero_grad()
 
 
 def plain_scores(policy: JanusPolicy, prompt: PromptTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,43 +69,3 @@ def plain_scores(policy: JanusPolicy, prompt: PromptTokens, tokens: Tensor) -> t
     logps = policy.image_logits(hidden[:, text.shape[1] - 1 :], 1.0).float().log_softmax(dim=-1)
     entropy = -(logps.exp() * logps).sum(dim=-1)
     return logps.gather(2, flat.unsqueeze(2))[..., 0], entropy
-
-
-def measure_plain_step(policy: JanusPolicy, *, images: int, timed_tokens: int) -> Step:
-    """Seconds of a plain step: its rollout scaled from the first `timed_tokens` tokens, its passes in full.
-
-    The policy is trained as it comes; the update of its weights is left out, as are the loops over ranks that the
-    published code has beside it.
-    """
-    prompt, length = policy.tokenize(speed_prompts(1)), policy.num_image_tokens
-    if policy.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(policy.device)
-    plain_rollout(policy, prompt, images, 2)
-    started = _now(policy)
-    plain_rollout(policy, prompt, images, timed_tokens)
-    seconds = {"sample": (_now(policy) - started) * length / timed_tokens}
-    tokens = torch.randint(policy.codebook_size, (1, images, length), device=policy.device)
-    for part in ("reference", "policy"):  # the first round warms up
-        for _ in range(2):
-            started = _now(policy)
-            _pass(policy, prompt, tokens, gradient=part == "policy")
-            seconds[part] = _now(policy) - started
-    peak = torch.cuda.max_memory_allocated(policy.device) if policy.device.type == "cuda" else 0
-    seconds["total"] = sum(seconds.values())
-    return Step(f"plain loop, scaled from {timed_tokens} tokens", images, seconds, {"total": peak})
-
-
-def _pass(policy: JanusPolicy, prompt: PromptTokens, tokens: Tensor, *, gradient: bool) -> None:
-    policy.language_model.train(gradient)
-    with torch.set_grad_enabled(gradient):
-        logps, _ = plain_scores(policy, prompt, tokens)
-        if gradient:
-            logps.mean().backward()
-    policy.zero_grad()
-
-
-def _now(policy: JanusPolicy) -> float:
-    device: Any = policy.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

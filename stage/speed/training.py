@@ -6,6 +6,7 @@ gradient, update; only Lightning's loop around it is missing.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from stage.optimizer import MasterAdamW
 from stage.policy.janus import JanusPolicy
 from stage.policy.lora import add_lora
 from stage.policy.reference import frozen_reference, place_reference
+from stage.policy.sampler import Sampler
 from stage.rollout import Stopwatch, collect
-from stage.speed.models import speed_prompts
+from stage.speed.models import build_policy, speed_prompts
+from stage.speed.plain_step import plain_step
+from stage.speed.rollout import GUIDANCE, Row
 from stage.types import Metrics, Prompt, PromptTokens, Samples, Scores
 
 # What the STAGE release freezes; the text head is never run for images.
@@ -46,28 +50,37 @@ LORA: dict[str, Any] = {
     "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+KINDS = ("lora", "full")
+REPEATS = 2  # measured steps, after one that warms up
 PARTS = ("sample", "decode", "reward", "reference", "replay", "backward", "update")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A measured step: `seconds` and `peak_bytes` of each of `PARTS` and of the whole, `total`.
+    """A measured step: `seconds` of each of `PARTS`, and the most memory allocated in each, bytes.
 
     `replay` is the policy's forward pass with gradient, `update` clipping and the optimizer.
     """
 
-    name: str
-    images: int
     seconds: Metrics
-    peak_bytes: dict[str, int]
+    peaks: dict[str, int]
 
-    def row(self) -> dict[str, Any]:
-        """A line of the results: numbers and plain words."""
+    def row(self, model: str, step: str, images: int) -> Row:
+        """A line of the table, in seconds and GiB."""
+        rollout, reference, policy, update = (
+            sum(self.seconds[part] for part in parts)
+            for parts in (("sample", "decode", "reward"), ("reference",), ("replay", "backward"), ("update",))
+        )
         return {
-            "name": self.name,
-            "images": self.images,
-            "seconds": {part: round(value, 4) for part, value in self.seconds.items()},
-            "peak_gb": {part: round(value / 1e9, 2) for part, value in self.peak_bytes.items()},
+            "model": model,
+            "step": step,
+            "images": images,
+            "seconds": sum(self.seconds.values()),
+            "rollout_seconds": rollout,
+            "reference_seconds": reference,
+            "policy_seconds": policy,
+            "update_seconds": update,
+            "peak_gib": max(self.peaks.values()) / 2**30,
         }
 
 
@@ -130,7 +143,7 @@ def prepare(policy: JanusPolicy, kind: str) -> Callable[[list[nn.Parameter]], to
 
     Raises ValueError for another kind.
     """
-    if kind not in ("lora", "full"):
+    if kind not in KINDS:
         raise ValueError(f"a training step is measured for lora or full; got {kind!r}. Name one of them.")
     policy.freeze(FROZEN)
     if kind == "lora":
@@ -139,6 +152,35 @@ def prepare(policy: JanusPolicy, kind: str) -> Callable[[list[nn.Parameter]], to
     if kind == "lora":
         return partial(torch.optim.AdamW, lr=1e-4, fused=True, **ADAM)
     return partial(MasterAdamW, lr=1e-6, **ADAM)
+
+
+def measure_steps(
+    sizes: Sequence[str], images: int, device: torch.device, dtype: torch.dtype, baseline_tokens: int
+) -> list[Row]:
+    """Rows of a step of `images` images with LoRA and in full, and of the plain step, for each model."""
+    rows: list[Row] = []
+    for size in sizes:
+        for kind in KINDS:
+            policy, sampler = build_policy(size, device, dtype), Sampler(GUIDANCE, 1.0)
+            step = measure_step(policy, kind, sampler=sampler, images=images, repeats=REPEATS)
+            rows.append(step.row(size, kind, images))
+            sampler.release()
+            del policy
+            _empty(device)
+        policy = build_policy(size, device, dtype)
+        prepare(policy, "full")
+        plain = plain_step(policy, images, baseline_tokens)
+        rows.append({"model": size, "step": "plain", "images": images, **plain})
+        del policy
+        _empty(device)
+    return rows
+
+
+def _empty(device: torch.device) -> None:
+    """Give the memory of a model that is gone back, cycles included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure_step(
@@ -153,12 +195,10 @@ def measure_step(
     for update in range(repeats + 1):
         meters.append(Meter(policy.device))
         _step(policy, reference, optimizer, objective, sampler, images, update, meters[-1])
-    warm = meters[1:]
-    seconds = {part: median(meter.seconds[part] for meter in warm) for part in PARTS}
-    peaks = {part: max(meter.peaks[part] for meter in warm) for part in PARTS}
-    seconds["total"], peaks["total"] = sum(seconds.values()), max(peaks.values())
-    name = f"{kind}, reference on the CPU" if reference_on_cpu else kind
-    return Step(name, images, seconds, peaks)
+    return Step(
+        {part: median(meter.seconds[part] for meter in meters[1:]) for part in PARTS},
+        {part: max(meter.peaks[part] for meter in meters[1:]) for part in PARTS},
+    )
 
 
 def _step(

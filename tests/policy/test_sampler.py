@@ -198,7 +198,9 @@ def test_a_diverged_policy_raises(policy: JanusPolicy, temperature: float) -> No
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 1), (2.0, 2)])
-def test_rows_that_are_run(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch, scale: float, rows: int) -> None:
+def test_rows_that_are_run(
+    policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch, scale: float, rows: int
+) -> None:
     """Each different prompt row once, then P * G rows a token; twice as many under guidance."""
     seen: list[int] = []
     run_layers = decoder.run_layers
@@ -211,7 +213,9 @@ def test_rows_that_are_run(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch,
     prompt = policy.tokenize(PROMPTS)
     Sampler(scale, 1.0)(policy, prompt, noise(policy, 3))
     steps = [rows * 4 * 3] * (policy.num_image_tokens - 1)
-    different = 4 if rows == 1 else 4 + 3  # two prompts are of one length: their unconditional rows are the same
+    different = (
+        4 if rows == 1 else 4 + 3
+    )  # two prompts are of one length: their unconditional rows are the same
     assert seen == [different * prompt.ids.shape[1], *steps]
     # Six prompts of one length, three of them different: one unconditional row serves them all.
     seen.clear()
