@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
-from stage.objective.logprobs import token_scores
+from stage.objective.logprobs import linear_token_scores
 from stage.paths import model_folder
+from stage.policy.attention import check_attention, set_attention
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.lora import Lora, NoAdapter
 from stage.policy.template import Template
@@ -31,6 +32,7 @@ def load_policy(
     freeze: Sequence[str],
     gradient_checkpointing: bool,
     adapter: Lora | NoAdapter | None = None,
+    attention: str = "sdpa",
     revision: str | None = None,
     subfolder: str | None = None,
     tokenizer: str | None = None,
@@ -46,18 +48,21 @@ def load_policy(
             `language_model.embed_tokens`, `lm_head`).
         gradient_checkpointing: recompute each layer of the language model in the backward pass.
         adapter: attaches what is trained in place of the weights (`stage.policy.lora`); None is no adapter.
+        attention: kernel of the language model: `sdpa`, `eager`, or `flash_attention_2` and up where installed.
         revision, subfolder: of a hub repository.
         tokenizer: another folder or repository, for a checkpoint without tokenizer and processor files.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
+        FileNotFoundError, ValueError: see `read_checkpoint`, `check_attention` and `JanusPolicy.freeze`.
     """
+    check_attention(attention, resolve_dtype(dtype))
     if adapter is not None:
         adapter.check(model_folder(path, revision, subfolder))
     checkpoint = read_checkpoint(
         path, resolve_dtype(dtype), revision=revision, subfolder=subfolder, tokenizer=tokenizer
     )
     policy = JanusPolicy(checkpoint.model, checkpoint.tokenizer, template, checkpoint.image_processor)
+    set_attention(policy.language_model, attention)
     policy.freeze(freeze)
     if adapter is not None:
         adapter(policy)
@@ -87,6 +92,7 @@ class JanusPolicy(nn.Module):
         """
         super().__init__()
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.gradient_checkpointing = False
         config: Any = model.config
         vq, vision, text = config.vq_config, config.vision_config, config.text_config
         self.grid: int = model.model.vqmodel.quantize.quant_state_dims[0]
@@ -159,6 +165,7 @@ class JanusPolicy(nn.Module):
         enable = getattr(model, names[1], None) or getattr(model, names[0])
         enable({"use_reentrant": False})
         model.train()
+        self.gradient_checkpointing = True
 
     def tokenize(self, texts: Sequence[str]) -> PromptTokens:
         """P prompts to left-padded tokens `[P, T]` on the model's device, ending in the image start token.
@@ -254,7 +261,9 @@ class JanusPolicy(nn.Module):
         hidden = self.language_model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=self.position_ids(mask), use_cache=False
         ).last_hidden_state[:, text.shape[1] - 1 :]
-        scores = token_scores(self.image_logits(hidden, guidance_scale), tokens.flatten(0, 1), temperature)
+        last = self.model.model.generation_head.vision_head
+        features = self.head_features(hidden, guidance_scale)
+        scores = linear_token_scores(features, last.weight, last.bias, tokens.flatten(0, 1), temperature)
         return map_tensors(scores, lambda part: part.unflatten(0, (prompts, group)))
 
     forward = score

@@ -1,0 +1,97 @@
+"""`python -m stage.speed`: measure on this machine, and write a table in markdown and the numbers in JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stage.speed.machine import bandwidth, describe
+from stage.speed.models import LANGUAGE
+from stage.speed.rollout import measure_rollouts
+from stage.speed.training import measure_steps
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if options.cache is not None:
+        # Triton keeps compiled kernels here; unset, it is ~/.triton/cache.
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    speed = bandwidth(device)
+    rows, checks = measure_rollouts(
+        options.models, options.images, device, dtype, speed, options.baseline_tokens
+    )
+    found: dict[str, object] = {
+        "machine": describe(device) | {"bandwidth_tb_per_second": speed / 1e12, "dtype": str(dtype)},
+        "rollout": rows,
+        "checks": checks,
+        "training": measure_steps(
+            options.models, options.step_images, device, dtype, options.baseline_tokens
+        ),
+    }
+    write(options.output, found)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m stage.speed", description=__doc__)
+    made.add_argument("--models", nargs="+", choices=list(LANGUAGE), default=["1b", "7b"])
+    made.add_argument("--images", nargs="+", type=int, default=[8, 16, 32, 64, 128], help="images a rollout")
+    made.add_argument("--step-images", type=int, default=8, help="images a training step")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument(
+        "--baseline-tokens",
+        type=int,
+        default=64,
+        help="tokens that the baselines make before they are scaled",
+    )
+    made.add_argument(
+        "--cache", type=Path, default=None, help="folder of compiled kernels, kept between runs"
+    )
+    made.add_argument(
+        "--output", type=Path, default=Path("experiments/results/speed"), help="written with .md and .json"
+    )
+    return made
+
+
+def write(output: Path, found: dict[str, object]) -> None:
+    """`output`.json with all numbers and `output`.md with tables, which are printed too."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(found)
+    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def markdown(found: dict[str, object]) -> str:
+    """One table for each list of rows, one line for a mapping."""
+    parts = ["# Speed\n"]
+    for name, value in found.items():
+        if isinstance(value, dict):
+            parts.append(", ".join(f"{key} {_short(entry)}" for key, entry in value.items()) + "\n")
+        elif isinstance(value, list) and value:
+            columns = list(value[0])
+            lines = [
+                columns,
+                ["---"] * len(columns),
+                *([_short(row[key]) for key in columns] for row in value),
+            ]
+            parts.append(f"## {name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join(parts)
+
+
+def _short(value: object) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+if __name__ == "__main__":
+    main()
