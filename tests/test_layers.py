@@ -22,7 +22,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed.*", "stage.launch"),
+    (
+        "stage.module",
+        "stage.callbacks",
+        "stage.checkpoints",
+        "stage.ratio_gate",
+        "stage.speed.*",
+        "stage.launch",
+    ),
     ("train", "evaluate", "stage.sample"),
 )
 
