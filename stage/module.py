@@ -158,7 +158,8 @@ class StageModule(LightningModule):
         watch = Stopwatch(self.device)
         with watch("total"):
             collected = self._collect(watch)
-            metrics = self._learn(collected)
+            watched = self._watched(collected.rollout)
+            metrics = self._learn(collected) | watched
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.update += 1
         images = collected.rollout.tokens.shape[:2].numel()
@@ -190,6 +191,14 @@ class StageModule(LightningModule):
             differentiable=len(rows) == len(columns) == self.objective.updates_per_rollout == 1,
             watch=watch,
         )
+
+    def _watched(self, rollout: Rollout) -> Metrics:
+        """Metrics of the callbacks that look at a rollout before anything is learned from it (`on_rollout`)."""
+        metrics: Metrics = {}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_rollout"):
+                metrics |= callback.on_rollout(self, rollout)
+        return metrics
 
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""

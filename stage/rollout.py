@@ -170,6 +170,7 @@ def collect(
     with torch.no_grad():
         with watch("sample"):
             prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
+            sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
         with watch("decode"):
             images, codes = policy.decode(samples.tokens), policy.codes(samples.tokens)
         with watch("reward"):

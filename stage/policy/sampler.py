@@ -60,7 +60,7 @@ class Sampler:
                 f"uniforms must be [{len(prompt.ids)}, group, {policy.num_image_tokens}] for these prompts and this "
                 f"model; got {list(uniforms.shape)}. Draw them with stage.policy.sampler.uniforms."
             )
-        dtype = _compute_dtype(policy)
+        dtype = compute_dtype(policy)
         with torch.autocast(policy.device.type, enabled=False):
             prefixes = self._prefixes(policy, prompt, group, length)
             draws = uniforms.to(policy.device).flatten(0, 1)
@@ -114,7 +114,7 @@ class Sampler:
         return decoders.run(policy, prefixes, draws, self.guidance_scale, self.temperature, dtype)
 
 
-def _compute_dtype(policy: JanusPolicy) -> torch.dtype:
+def compute_dtype(policy: JanusPolicy) -> torch.dtype:
     """The type that scoring computes in: that of autocast where it is on, else that of the weights."""
     device = policy.device.type
     if torch.is_autocast_enabled(device):
