@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,26 +66,51 @@ def train_language(
     generator: torch.Generator,
 ) -> None:
     """Next-token prediction of image tokens given left-padded prompts `[M, T]`, which end in the image start token."""
-    trained = [*model.model.language_model.parameters(), *model.model.generation_embeddings.parameters()]
-    trained += [*model.model.generation_aligner.parameters(), *model.model.generation_head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.04)
     device = prompt_ids.device
-    model.train()
 
-    def step(i: int) -> Mapping[str, Tensor]:
+    def loss(i: int) -> Mapping[str, Tensor]:
         rows = torch.randint(len(bank.caption), (batch,), generator=generator, device=device)
         ids, tokens = prompt_ids[bank.caption[rows]], bank.tokens[rows].long()
         dropped = torch.rand(batch, 1, generator=generator, device=device) < CAPTION_DROPOUT
+        logits = image_logits(model, drop_caption(ids, dropped), tokens)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())}
+
+    descend(model, drawing_parameters(model), loss, folder, steps, generator)
+
+
+def drawing_parameters(model: JanusForConditionalGeneration) -> list[torch.nn.Parameter]:
+    """What drawing needs of the language model: all but the text head."""
+    trained = [*model.model.language_model.parameters(), *model.model.generation_embeddings.parameters()]
+    return [
+        *trained,
+        *model.model.generation_aligner.parameters(),
+        *model.model.generation_head.parameters(),
+    ]
+
+
+def descend(
+    model: JanusForConditionalGeneration,
+    trained: list[torch.nn.Parameter],
+    losses: Callable[[int], Mapping[str, Tensor]],
+    folder: Path,
+    steps: int,
+    generator: torch.Generator,
+) -> None:
+    """Minimises the sum of `losses(i)` over `trained`, saving as it goes; `losses` are also what is printed."""
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.04)
+    device = trained[0].device
+    model.train()
+
+    def step(i: int) -> Mapping[str, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = image_logits(model, drop_caption(ids, dropped), tokens)
-            value = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+            found = losses(i)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        torch.stack(list(found.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        return {"loss": value.detach()}
+        return {name: value.detach() for name, value in found.items()}
 
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     resumable("language", folder, steps, parts, generator, step, "model")
@@ -101,7 +126,12 @@ def drop_caption(ids: Tensor, dropped: Tensor) -> Tensor:
 
 
 def image_logits(model: JanusForConditionalGeneration, ids: Tensor, tokens: Tensor) -> Tensor:
-    """Logits `[N, L, V]` of tokens `[N, L]` after prompts `[N, T]`.
+    """Logits `[N, L, V]` of tokens `[N, L]` after prompts `[N, T]`."""
+    return model.model.generation_head(hidden_states(model, ids, tokens)[:, ids.shape[1] - 1 :])
+
+
+def hidden_states(model: JanusForConditionalGeneration, ids: Tensor, tokens: Tensor) -> Tensor:
+    """Last hidden states `[N, T + L - 1, D]` of prompts `[N, T]` and all but the last of tokens `[N, L]`.
 
     The mask hides the padding before the begin token, not the padding that stands for a dropped caption.
     """
@@ -110,7 +140,6 @@ def image_logits(model: JanusForConditionalGeneration, ids: Tensor, tokens: Tens
     embeds = torch.cat([model.get_input_embeddings()(ids).to(images.dtype), images], dim=1)
     mask = torch.cat([mask, mask.new_ones(images.shape[:2])], dim=1)
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    hidden = model.model.language_model(
+    return model.model.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
     ).last_hidden_state
-    return model.model.generation_head(hidden[:, ids.shape[1] - 1 :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GenerationConfig,
     JanusConfig,
@@ -35,8 +35,18 @@ PAD, BEGIN, END, BOI, EOI, IMAGE = range(6)
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with a word of the world as about one token; any other text still encodes, in smaller pieces."""
+    return _train(pre_tokenizers.ByteLevel(add_prefix_space=True), texts)
+
+
+def build_speller(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """As `build_tokenizer`, but every capital letter is a token, with the space before it if there is one."""
+    letters = pre_tokenizers.Split(Regex(" ?[A-Z]"), "isolated")
+    return _train(pre_tokenizers.Sequence([letters, pre_tokenizers.ByteLevel(add_prefix_space=False)]), texts)
+
+
+def _train(splitter: pre_tokenizers.PreTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.pre_tokenizer = splitter
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -61,8 +71,13 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(world: World, vocabulary: int, codes: int, hidden: int, layers: int) -> JanusConfig:
-    """Sizes of the tiny Janus. The vision tower is a stub: it exists so that the model is a whole Janus."""
+def build_config(
+    world: World, vocabulary: int, codes: int, hidden: int, layers: int, code_size: int = 8
+) -> JanusConfig:
+    """Sizes of the tiny Janus. The vision tower is a stub: it exists so that the model is a whole Janus.
+
+    `code_size` is the dimension C of a code, in Janus-Pro 8.
+    """
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=vocabulary,
@@ -88,6 +103,7 @@ def build_config(world: World, vocabulary: int, codes: int, hidden: int, layers:
         ),
         vq_config=JanusVQVAEConfig(
             num_embeddings=codes,
+            embed_dim=code_size,
             latent_channels=64,
             base_channels=32,
             channel_multiplier=[1, 1, 2, 2, 4],
