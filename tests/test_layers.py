@@ -30,7 +30,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
-    "stage.policy": ("template checkpoint", "janus", "sampler"),
+    "stage.policy": (
+        "padding plan_layout checkpoint draws",
+        "template",
+        "janus",
+        "sampler plans",
+        "drawing",
+    ),
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),

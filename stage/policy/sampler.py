@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaModel
 
+from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
 from stage.types import PromptTokens, Samples
 
@@ -22,12 +23,19 @@ class Sampler:
 
     guidance_scale: s in u + s (c - u) of conditional and unconditional logits; at 1 no unconditional row is run.
     temperature: divides the guided logits; 0 takes the most likely token, with log-probability 0.
+    reasoning: `text` lets the model write a plan before each image (`stage.policy.drawing`), None does not. The rest
+        is read with `text` alone: reasoning_weight of the plans' term in the loss, max_plan_tokens (R), and
+        plan_temperature, which divides the logits of the text head and is 0 for the most likely word.
 
-    Raises ValueError for a guidance scale below 1 or a negative temperature.
+    Raises ValueError for a guidance scale below 1, a negative temperature, or settings of reasoning out of range.
     """
 
     guidance_scale: float
     temperature: float
+    reasoning: str | None = None
+    reasoning_weight: float | None = None
+    max_plan_tokens: int | None = None
+    plan_temperature: float | None = None
 
     def __post_init__(self) -> None:
         if not self.guidance_scale >= 1:
@@ -40,6 +48,22 @@ class Sampler:
                 f"temperature must not be negative; got {self.temperature}. "
                 "Set 1.0 for the model's own distribution, or 0 for the most likely token."
             )
+        if self.reasoning is not None:
+            self._check_reasoning()
+
+    def _check_reasoning(self) -> None:
+        if self.reasoning != "text":
+            raise ValueError(
+                f"sampler.reasoning must be text or null; got {self.reasoning!r}. Name one of them."
+            )
+        for name, least in (("reasoning_weight", 0), ("max_plan_tokens", 1), ("plan_temperature", 0)):
+            value = getattr(self, name)
+            kind = int if name == "max_plan_tokens" else int | float
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
+                number = "a whole number" if kind is int else "a number"
+                raise ValueError(
+                    f"sampler.{name} must be {number} of at least {least} with reasoning; got {value!r}. Set it."
+                )
 
     @torch.no_grad()
     def __call__(self, policy: JanusPolicy, prompt: PromptTokens, uniforms: Tensor) -> Samples:
@@ -69,22 +93,9 @@ class Sampler:
             if step > 0:
                 hidden = decoder.step(table[tokens[:, step - 1]].repeat(sides, 1))
             logits = policy.image_logits(hidden, self.guidance_scale).float()
-            tokens[:, step], logps[:, step] = self._draw(logits, draws[:, step])
+            tokens[:, step], logps[:, step] = inverse_cdf(logits, draws[:, step], self.temperature)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
-
-    def _draw(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse CDF: tokens `[N]` and their log-probabilities `[N]` for logits `[N, V]` and uniforms `[N]`."""
-        if self.temperature == 0:
-            best, token = logits.max(-1)
-            return token, best - best  # zero, or NaN where the logits are
-        logps = (logits / self.temperature).log_softmax(-1)
-        # Summed in float64: in float32 the tail of a codebook of 16384 would be lost in the rounding of the sum.
-        cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
-        # The first token whose sum exceeds the target: a token of probability 0 is never it.
-        target = draws.double().unsqueeze(1) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
-        return token.squeeze(1), logps.gather(1, token).squeeze(1)
 
 
 def _check_finite(logps: Tensor) -> None:
@@ -202,23 +213,26 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sc
     return out.unflatten(2, (repeats, length)).permute(0, 3, 1, 2, 4).reshape(rows, length, -1)
 
 
-def uniforms(seed: int, update: int, prompt_ids: Sequence[int], group: int, length: int) -> Tensor:
+def uniforms(
+    seed: int, update: int, prompt_ids: Sequence[int], group: int, length: int, domain: int = 0
+) -> Tensor:
     """Uniform numbers in [0, 1), float64 `[P, group, length]`, from a counter-based generator (Philox).
 
     Row (p, g) is a function of (seed, update, prompt_ids[p], g) alone, so a sample does not depend on the batch,
-    its order, or the rank that draws it. A prompt that is twice in a batch gets the same numbers twice.
+    its order, or the rank that draws it. A prompt that is twice in a batch gets the same numbers twice. Numbers of
+    another `domain`, which what is drawn with them has for itself, are independent of these.
 
     Raises ValueError for a seed, update or prompt id outside [0, 2**64).
     """
     rows = [
-        _uniform_row((seed, update, prompt, sample), length)
+        _uniform_row((seed, update, prompt, sample, *((domain,) if domain else ())), length)
         for prompt in prompt_ids
         for sample in range(group)
     ]
     return torch.from_numpy(np.stack(rows)).view(len(prompt_ids), group, length)
 
 
-def _uniform_row(key: tuple[int, int, int, int], length: int) -> np.ndarray:
+def _uniform_row(key: tuple[int, ...], length: int) -> np.ndarray:
     if not all(0 <= part < 2**64 for part in key):
         raise ValueError(
             f"seed, update, prompt id and sample must be in [0, 2**64); got {key}. Use a non-negative seed."

@@ -15,6 +15,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import StaticCache
 
+from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.sampler import Sampler, uniforms
 from stage.types import PromptTokens
@@ -153,11 +154,11 @@ def test_inverse_cdf_by_hand() -> None:
     """Probabilities 0, 1/2, 1/4, 1/4, 0 end at 0, 0.5, 0.75, 1, 1; a token is the first whose end exceeds u."""
     logits = torch.tensor([0.0, 0.5, 0.25, 0.25, 0.0]).log().expand(6, 5)
     draws = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
-    tokens, logps = Sampler(1.0, 1.0)._draw(logits, draws)
+    tokens, logps = inverse_cdf(logits, draws, 1.0)
     assert tokens.tolist() == [1, 1, 2, 2, 3, 3]
     torch.testing.assert_close(logps.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
     # At temperature 1/2 probabilities are squared: 1/4, 1/16, 1/16 of 3/8, so 2/3, 1/6, 1/6.
-    tokens, logps = Sampler(1.0, 0.5)._draw(logits, torch.full((6,), 0.66, dtype=torch.float64))
+    tokens, logps = inverse_cdf(logits, torch.full((6,), 0.66, dtype=torch.float64), 0.5)
     assert tokens.tolist() == [1] * 6
     torch.testing.assert_close(logps.exp(), torch.full((6,), 2 / 3))
 
@@ -255,7 +256,7 @@ def seconds(run: Callable[[], object]) -> float:
 @pytest.mark.parametrize("name", ["plain", "guided"])
 def test_configs(root: Path, name: str) -> None:
     sampler = instantiate(OmegaConf.load(root / "conf" / "sampler" / f"{name}.yaml"))
-    assert sampler == Sampler({"plain": 1.0, "guided": 5.0}[name], 1.0)
+    assert sampler == Sampler({"plain": 1.0, "guided": 5.0}[name], 1.0, None, 1.0, 64, 1.0)
 
 
 @pytest.mark.parametrize(

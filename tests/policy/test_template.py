@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def from_yaml(root: Path, name: str) -> Template:
 
 
 def test_plain_is_the_prompt_and_the_start_token(root: Path) -> None:
-    assert from_yaml(root, "plain") == PLAIN
+    assert from_yaml(root, "plain") == replace(PLAIN, instruction="{prompt} plan :")
     assert PLAIN.render("a red circle", "<begin_of_image>") == "a red circle<begin_of_image>"
 
 
