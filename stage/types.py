@@ -174,7 +174,7 @@ class Scorer(Protocol):
 
 
 def map_tensors(record: Any, function: Any) -> Any:
-    """A copy of a frozen record of tensors with `function` applied to each tensor field, those of a record of its kind in it too."""
+    """A copy of a frozen record with `function` applied to its tensors, and to those of a field of the same kind."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -1,8 +1,9 @@
-"""Log-probability and entropy of given tokens from logits, without a float32 copy of all logits.
+"""Log-probability and entropy of given tokens, without float32 logits of all positions.
 
-Logits of a 7B image model are `[8, 576, 16384]` in bfloat16. A plain `log_softmax` keeps a float32 copy of
-them for the backward pass and makes more on the way. Here rows (positions) are taken a few at a time, in
-float32, and the backward pass computes the softmax of those rows again from the logits it was given.
+Logits of a 7B image model are `[8, 576, 16384]`: 0.3 GB in float32, and a plain `log_softmax` keeps them for the
+backward pass and makes more on the way. Here rows (positions) are taken a few at a time, in float32, and the
+backward pass computes the softmax of those rows again: `token_scores` from the logits it was given,
+`linear_token_scores` from the input of the layer that makes them, so that no logits are kept at all.
 """
 
 from __future__ import annotations
@@ -38,11 +39,55 @@ def token_scores(logits: Tensor, tokens: Tensor, temperature: float, rows: int =
             f"tokens must have the shape of the logits without the vocabulary: logits {tuple(logits.shape)}, "
             f"tokens {tuple(tokens.shape)}; cut both to the image positions"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; 1.0 leaves the logits as they are")
+    _check_temperature(temperature)
     flat_logits = logits.reshape(-1, logits.shape[-1])
     logps, entropy = _TokenScores.apply(flat_logits, tokens.reshape(-1), float(temperature), rows)
     return TokenScores(logps=logps.view(tokens.shape), entropy=entropy.view(tokens.shape))
+
+
+def linear_token_scores(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: float,
+    rows: int = ROWS,
+) -> TokenScores:
+    """`token_scores` of the logits `features @ weight.T + bias`, which exist for `rows` positions at a time.
+
+    Products of narrow numbers are summed in float32 and stay there: logits are never rounded to bfloat16.
+
+    Args:
+        features: `[..., D]`, the input of the last layer.
+        weight, bias: `[V, D]` and `[V]` of the last layer; autocast narrows them as it does for a linear layer.
+        tokens, temperature, rows: as in `token_scores`.
+
+    Returns:
+        As `token_scores`; the gradient of `logps` reaches features, weight and bias.
+
+    Raises:
+        ValueError: shapes that do not match, a temperature that is not positive.
+    """
+    if features.shape[:-1] != tokens.shape or features.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"features must be tokens with the width of the layer: features {tuple(features.shape)}, tokens "
+            f"{tuple(tokens.shape)}, weight {tuple(weight.shape)}; cut features and tokens to the same positions"
+        )
+    _check_temperature(temperature)
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    logps, entropy = _LinearTokenScores.apply(
+        features.reshape(-1, features.shape[-1]), weight, bias, tokens.reshape(-1), float(temperature), rows
+    )
+    return TokenScores(logps=logps.view(tokens.shape), entropy=entropy.view(tokens.shape))
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}; 1.0 leaves the logits as they are")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,8 +100,41 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return (logits.to(accumulation_dtype(logits.dtype)) / temperature).log_softmax(dim=-1)
 
 
+def _gather(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `tokens` `[n]` and entropies `[n]` from logits `[n, V]`."""
+    log_probs = _log_softmax(logits, temperature)
+    logps = log_probs.gather(1, tokens[:, None])[:, 0]
+    # entr is 0 where p is 0, so a token masked by a logit of -inf adds nothing instead of NaN
+    return logps, torch.special.entr(log_probs.exp_()).sum(dim=-1)
+
+
+def _gradient(logits: Tensor, tokens: Tensor, temperature: float, grad_logps: Tensor) -> Tensor:
+    """`(one_hot - softmax) / temperature`, times the gradient `[n]` of the log-probabilities: `[n, V]`."""
+    scale = grad_logps[:, None] / temperature
+    grad = _log_softmax(logits, temperature).exp_().mul_(-scale)
+    return grad.scatter_add_(1, tokens[:, None], scale)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in the accumulation dtype, never rounded to a narrower one."""
+    dtype = accumulation_dtype(left.dtype)
+    if left.dtype != dtype and left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)  # on the matrix units, which sum in float32
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits `[n, V]` of features `[n, D]` in the accumulation dtype."""
+    logits = _product(features, weight.t())
+    return logits if bias is None else logits.add_(bias)
+
+
+def _parts(length: int, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, length, rows)]
+
+
 class _TokenScores(torch.autograd.Function):
-    """Keeps the logits it was given; the backward is `(one_hot - softmax) / temperature`, by rows."""
+    """Keeps the logits it was given and goes through them by rows, forward and backward."""
 
     @staticmethod
     def forward(
@@ -64,12 +142,8 @@ class _TokenScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logps = logits.new_empty(tokens.shape, dtype=accumulation_dtype(logits.dtype))
         entropy = torch.empty_like(logps)
-        for start in range(0, len(tokens), rows):
-            part = slice(start, start + rows)
-            log_probs = _log_softmax(logits[part], temperature)
-            logps[part] = log_probs.gather(1, tokens[part, None])[:, 0]
-            # entr is 0 where p is 0, so a token masked by a logit of -inf adds nothing instead of NaN
-            entropy[part] = torch.special.entr(log_probs.exp_()).sum(dim=-1)
+        for part in _parts(len(tokens), rows):
+            logps[part], entropy[part] = _gather(logits[part], tokens[part], temperature)
         ctx.save_for_backward(logits, tokens)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy)
@@ -80,10 +154,61 @@ class _TokenScores(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
         logits, tokens = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for start in range(0, len(tokens), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            scale = grad_logps[part, None] / ctx.temperature
-            grad = _log_softmax(logits[part], ctx.temperature).exp_().mul_(-scale)
-            grad.scatter_add_(1, tokens[part, None], scale)
-            grad_logits[part] = grad.to(logits.dtype)
+        for part in _parts(len(tokens), ctx.rows):
+            grad_logits[part] = _gradient(logits[part], tokens[part], ctx.temperature, grad_logps[part])
         return grad_logits, None, None, None
+
+
+class _LinearTokenScores(torch.autograd.Function):
+    """Keeps the input of the last layer and makes the logits of some rows when they are needed, twice in all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        logps = features.new_empty(tokens.shape, dtype=accumulation_dtype(features.dtype))
+        entropy = torch.empty_like(logps)
+        with torch.autocast(features.device.type, enabled=False):
+            for part in _parts(len(tokens), rows):
+                logits = _linear(features[part], weight, bias)
+                logps[part], entropy[part] = _gather(logits, tokens[part], temperature)
+        ctx.save_for_backward(features, weight, bias, tokens)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, bias, tokens = ctx.saved_tensors
+        dtype = accumulation_dtype(features.dtype)
+        wanted = ctx.needs_input_grad
+        grad_features = torch.empty_like(features) if wanted[0] else None
+        # Summed over the parts, so wider than the weights they belong to.
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
+        with torch.autocast(features.device.type, enabled=False):
+            for part in _parts(len(tokens), ctx.rows):
+                logits = _linear(features[part], weight, bias)
+                grad = _gradient(logits, tokens[part], ctx.temperature, grad_logps[part])
+                narrow = grad.to(features.dtype)
+                if grad_features is not None:
+                    grad_features[part] = narrow @ weight
+                if grad_weight is not None:
+                    grad_weight += _product(narrow.t(), features[part])
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+        return (
+            grad_features,
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_bias if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )

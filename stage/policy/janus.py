@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
-from stage.objective.logprobs import token_scores
+from stage.objective.logprobs import linear_token_scores
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.plan_layout import append_plans, before_plans
 from stage.policy.template import Template
@@ -247,8 +247,9 @@ class JanusPolicy(nn.Module):
         if plans is not None:
             prompt = self.with_plans(prompt, plans)
         hidden = self._hidden_states(prompt, tokens.flatten(0, 1), guidance_scale)
-        images = hidden[:, -length:]
-        scores = token_scores(self.image_logits(images, guidance_scale), tokens.flatten(0, 1), temperature)
+        last = self.model.model.generation_head.vision_head
+        features = self.head_features(hidden[:, -length:], guidance_scale)
+        scores = linear_token_scores(features, last.weight, last.bias, tokens.flatten(0, 1), temperature)
         if plans is not None:
             scores = replace(scores, plan=self._score_plans(hidden, prompt, plans, plan_temperature))
         return map_tensors(scores, lambda part: part.unflatten(0, (prompts, group)))
@@ -285,7 +286,8 @@ class JanusPolicy(nn.Module):
         assert temperature is not None
         mask, tokens = plans.mask.flatten(0, 1).bool(), plans.tokens.flatten(0, 1)
         row, column = before_plans(mask, rows.ids.shape[1])
-        found = token_scores(self.text_logits(hidden[row, column]), tokens[mask], temperature)
+        head = self.model.lm_head
+        found = linear_token_scores(hidden[row, column], head.weight, head.bias, tokens[mask], temperature)
         return map_tensors(found, lambda part: part.new_zeros(mask.shape).masked_scatter(mask, part))
 
     @torch.no_grad()

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stage.objective.logprobs import token_scores
+from stage.objective.logprobs import linear_token_scores, token_scores
 
 
 def test_by_hand() -> None:
@@ -85,3 +88,110 @@ def test_unfit_arguments_raise() -> None:
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature must be above 0"):
             token_scores(logits, tokens, temperature=temperature)
+
+
+def layer(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features `[2, 15, 8]`, a last layer from 8 to 40 with its bias, and tokens `[2, 15]`."""
+    shapes = ((2, 15, 8), (40, 8), (40,))
+    features, weight, bias = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    return features, weight, bias, torch.randint(0, 40, (2, 15))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 1000])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_a_layer_in_chunks_equals_its_logits_at_once(rows: int, dtype: torch.dtype, bound: float) -> None:
+    """Values and the gradients of features, weight and bias, against log_softmax of all logits."""
+    features, weight, bias, tokens = layer(dtype)
+    weights = torch.rand(2, 15, dtype=dtype)
+    expected = ((features @ weight.T + bias) / 1.7).log_softmax(-1)
+    entropy = -(expected.exp() * expected).sum(-1)
+    expected = expected.gather(-1, tokens[..., None])[..., 0]
+    found = linear_token_scores(features, weight, bias, tokens, temperature=1.7, rows=rows)
+    torch.testing.assert_close(found.logps, expected, atol=bound, rtol=0)
+    torch.testing.assert_close(found.entropy, entropy, atol=bound, rtol=0)
+    wanted = torch.autograd.grad((weights * expected).sum(), (features, weight, bias))
+    gradients = torch.autograd.grad((weights * found.logps).sum(), (features, weight, bias))
+    for one, two in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, two, atol=10 * bound, rtol=0)
+
+
+def test_gradient_of_a_layer_by_finite_differences() -> None:
+    features, weight, bias, tokens = layer()
+
+    def logps(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return linear_token_scores(x, w, b, tokens, temperature=0.8, rows=4).logps
+
+    assert torch.autograd.gradcheck(logps, (features, weight, bias))
+    assert torch.autograd.gradcheck(lambda x: logps(x, weight.detach(), None), (features,))
+
+
+def test_a_frozen_layer_gets_no_gradient() -> None:
+    features, weight, bias, tokens = layer()
+    weight.requires_grad_(False)
+    found = linear_token_scores(features, weight, bias.detach(), tokens, temperature=1.0)
+    assert not found.entropy.requires_grad
+    found.logps.sum().backward()
+    assert features.grad is not None and weight.grad is None
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_logits_of_all_positions_never_exist() -> None:
+    """600 positions of 50 codes are 30,000 logits: kept are the 4,800 features, and made are 20 x 50 at a time."""
+    features = torch.randn(600, 8, requires_grad=True)
+    weight, tokens = torch.randn(50, 8), torch.randint(0, 50, (600,))
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Largest() as made:
+        found = linear_token_scores(features, weight, None, tokens, temperature=1.0, rows=20)
+        found.logps.sum().backward()
+    assert sum(tensor.nbytes for tensor in kept) == features.nbytes + weight.nbytes + tokens.nbytes
+    assert made.numbers == features.numel()
+
+
+def test_logits_of_bfloat16_are_not_rounded() -> None:
+    """Logits near 200 are whole numbers in bfloat16; here they are those of the rounded inputs in float64."""
+    features = (torch.randn(6, 64) + 2).bfloat16()
+    weight = (torch.randn(40, 64) * 0.1 + 1.5).bfloat16()
+    tokens = torch.arange(6)
+    expected = (features.double() @ weight.double().T).log_softmax(-1)
+    found = linear_token_scores(features, weight, None, tokens, temperature=1.0)
+    assert found.logps.dtype == torch.float32
+    torch.testing.assert_close(found.logps.double(), expected[tokens, tokens], atol=1e-4, rtol=0)
+    rounded = token_scores(features @ weight.T, tokens, temperature=1.0)
+    assert (rounded.logps.double() - expected[tokens, tokens]).abs().max() > 0.1
+
+
+def test_autocast_narrows_the_inputs_and_nothing_else() -> None:
+    features, weight, bias, tokens = layer(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_token_scores(features, weight, bias, tokens, temperature=1.0)
+        found.logps.sum().backward()
+    one, two, three = (part.detach().bfloat16() for part in (features, weight, bias))
+    expected = linear_token_scores(one, two, three, tokens, temperature=1.0)
+    assert torch.equal(found.logps, expected.logps)
+    assert features.grad is not None and features.grad.dtype == torch.float32
+
+
+def test_a_layer_of_another_width_raises() -> None:
+    features, weight, bias, tokens = layer()
+    for wrong in (features[:, :3], features[..., :3]):
+        with pytest.raises(ValueError, match="features must be tokens with the width of the layer"):
+            linear_token_scores(wrong, weight, bias, tokens, temperature=1.0)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        linear_token_scores(features, weight, bias, tokens, temperature=0.0)

@@ -87,6 +87,22 @@ def test_gradient_is_that_of_a_plain_loop(policy: JanusPolicy, scale: float) -> 
         assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_scoring_keeps_no_logits(tmp_path: Path, scale: float) -> None:
+    """Nothing of one number a code is kept for the backward pass but the codes' own table: 96 codes, width 64."""
+    policy = load(build_tiny_janus(tmp_path, vocabulary=96))
+    prompt, tokens = policy.tokenize(PROMPTS), random_tokens(policy, len(PROMPTS), 2)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.score(prompt, tokens, guidance_scale=scale, temperature=1.0)
+    assert kept and {shape for shape in kept if 96 in shape} <= {(96, 64), (96,)}
+
+
 def test_scores_do_not_depend_on_neighbours(shared_policy: JanusPolicy) -> None:
     tokens = random_tokens(shared_policy, len(PROMPTS), 2)
     with torch.no_grad():
