@@ -81,7 +81,9 @@ def scored_distribution(objective: Any, sampler: Any) -> Distribution:
     if objective.distribution == "conditional":
         return Distribution(1.0, 1.0, 1.0)
     if objective.distribution == "guided":
-        return Distribution(sampler.guidance_scale, sampler.temperature, sampler.plan_temperature)
+        return Distribution(
+            sampler.guidance_scale, sampler.temperature, getattr(sampler, "plan_temperature", None)
+        )
     raise ValueError(
         f"algorithm.distribution must be conditional or guided; got {objective.distribution!r}. Name one of them."
     )

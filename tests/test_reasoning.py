@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage.callbacks import ImageGrid
 from stage.module import StageModule
 from stage.policy import drawing
 from stage.policy.janus import JanusPolicy, load_policy
@@ -19,7 +21,7 @@ from stage.policy.template import Template
 from stage.types import Plans, Prompt, Rollout, Scores
 from tests.policy.tiny_model import BOI, BOS
 from tests.test_module import Recorder, fit
-from tests.tiny_training import FROZEN, objective, same, tiny_base, tiny_module, weights
+from tests.tiny_training import FROZEN, PROMPTS, objective, same, tiny_base, tiny_module, weights
 
 ENDS = (2, 9, 12, 17, 20, 23)
 ASKING = Template("asking", "", "", "a photo of {prompt} :")
@@ -208,6 +210,27 @@ def test_a_reward_for_a_word_makes_it_likelier(
     )
     fit(tmp_path, trained)
     assert rewards[0] < 0.5 and rewards[-1] > rewards[0] + 0.3, rewards
+
+
+def test_plans_of_fixed_prompts_are_logged(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside each picture, and as a table for the loggers that take one: the same plans for the same weights."""
+    tables = []
+    monkeypatch.setattr("stage.callbacks.log_table", lambda *arguments: tables.append(arguments[1:]))
+    lines = [{**prompt.metadata, "include": [{"class": "circle", "count": 1}]} for prompt in PROMPTS]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    grid = ImageGrid(folder=str(tmp_path / "images"), prompts=str(file), count=2, samples=3, seed=9, every=1)
+    trained = module(base, optimizer=partial(torch.optim.SGD, lr=0.0), updates=1)
+    fit(tmp_path, trained, grid)
+    found = sorted((tmp_path / "images").glob("*.txt"))
+    assert [path.name for path in found] == ["update_00000.txt", "update_00001.txt"]
+    text = found[0].read_text(encoding="utf-8")
+    assert text == found[1].read_text(encoding="utf-8") and len(text.splitlines()) == 6
+    assert text.startswith(f"{PROMPTS[0].text}, 1: ")
+    assert [table[0] for table in tables] == ["images/plans"] * 2 and tables[1][3] == 1
+    assert [f"{prompt}, {number}: {plan}" for prompt, number, plan in tables[0][2]] == text.splitlines()
 
 
 def test_a_policy_that_cannot_plan_is_an_error_before_it_starts(base: Path) -> None:

@@ -24,16 +24,21 @@ class Noise:
     plan: Tensor | None = None
 
 
+def reasons(sampler: Any) -> bool:
+    """Whether a plan comes before each image. Any callable can stand for a sampler; one without the word does not."""
+    return getattr(sampler, "reasoning", None) is not None
+
+
 def check(policy: Any, sampler: Any) -> None:
     """Raise ValueError where the sampler wants plans that the policy cannot write."""
-    if sampler.reasoning is not None:
+    if reasons(sampler):
         check_planner(policy)
 
 
 def tokenize(policy: JanusPolicy, sampler: Sampler, texts: Sequence[str]) -> PromptTokens:
     """Prompts as this sampler begins: up to the image, or with reasoning up to the plan. Raises what `check` raises."""
     check(policy, sampler)
-    return policy.tokenize(texts) if sampler.reasoning is None else plan_prompt(policy, texts)
+    return plan_prompt(policy, texts) if reasons(sampler) else policy.tokenize(texts)
 
 
 def noise(
@@ -41,8 +46,9 @@ def noise(
 ) -> Noise:
     """The uniforms of `group` samples of each prompt; see `stage.policy.sampler.uniforms`."""
     image = uniforms(seed, update, prompt_ids, group, policy.num_image_tokens)
-    if sampler.max_plan_tokens is None or sampler.reasoning is None:
+    if not reasons(sampler):
         return Noise(image)
+    assert sampler.max_plan_tokens is not None
     return Noise(image, uniforms(seed, update, prompt_ids, group, sampler.max_plan_tokens, domain=PLANS))
 
 
