@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from stage.callbacks import ImageGrid
@@ -112,14 +113,14 @@ def test_two_updates_are_those_of_a_plain_loop(base: Path, tmp_path: Path) -> No
         with torch.no_grad():
             for value, gradient in zip(trainable.values(), gradients, strict=True):
                 if gradient is not None:
-                    value -= rate * gradient
+                    value.sub_(rate * gradient)
     assert trained.latest["loss/total"] == pytest.approx(loss.item(), rel=1e-6)
     start = dict(planner(base).double().named_parameters())
-    largest = max((value - start[name]).abs().max() for name, value in trainable.items())
+    largest = max((value - start[name]).abs().max().item() for name, value in trainable.items())
     assert largest > 1e-3
-    for name, value in weights(trained).items():
+    for name, after in weights(trained).items():
         # The VQ codes and rewards of a rollout are float32; nothing else is.
-        torch.testing.assert_close(value, trainable[name].detach(), atol=1e-7 * float(largest), rtol=1e-6)
+        torch.testing.assert_close(after, trainable[name].detach(), atol=1e-7 * largest, rtol=1e-6)
 
 
 def test_micro_batches_make_the_same_update(base: Path, tmp_path: Path) -> None:
@@ -179,6 +180,16 @@ class SaysRed:
         return Scores(said[..., None], ("said",), (1.0,), ())
 
 
+class Rewards(Callback):
+    """The mean reward of each update."""
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.means.append(pl_module.latest["reward/mean"])
+
+
 def test_a_reward_for_a_word_makes_it_likelier(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,15 +212,9 @@ def test_a_reward_for_a_word_makes_it_likelier(
         group_size=32,
         updates=6,
     )
-    rewards = []
-    step = trained.on_train_batch_end
-    monkeypatch.setattr(
-        trained,
-        "on_train_batch_end",
-        lambda *args: (rewards.append(trained.latest["reward/mean"]), step(*args))[1],
-    )
-    fit(tmp_path, trained)
-    assert rewards[0] < 0.5 and rewards[-1] > rewards[0] + 0.3, rewards
+    rewards = Rewards()
+    fit(tmp_path, trained, rewards)
+    assert rewards.means[0] < 0.5 and rewards.means[-1] > rewards.means[0] + 0.3, rewards.means
 
 
 def test_plans_of_fixed_prompts_are_logged(

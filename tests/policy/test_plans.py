@@ -88,7 +88,7 @@ def test_plans_are_those_of_a_plain_loop(policy: JanusPolicy, temperature: float
     with torch.no_grad():
         for p, text in enumerate(PROMPTS):
             for g in range(GROUP):
-                ids, wanted = row(policy, text), []
+                ids, wanted = row(policy, text), list[int]()
                 for step in range(LONGEST):
                     probabilities = (text_logits(policy, ids + wanted)[-1] / temperature).softmax(-1)
                     below = probabilities.cumsum(0) <= noise()[p, g, step]
