@@ -21,6 +21,7 @@ def train(prepared: launch.Prepared) -> None:
     import lightning
     from hydra.utils import instantiate
 
+    from stage.forecast import announce
     from stage.loggers import finish_wandb
     from stage.module import StageModule
 
@@ -42,6 +43,7 @@ def train(prepared: launch.Prepared) -> None:
         seed=config.seed,
         updates=config.updates,
         base=launch.base_weights(config.model),
+        reference_on_cpu=config.reference_on_cpu,
         config=launch.plain(config),
         overrides=prepared.overrides,
     )
@@ -49,6 +51,7 @@ def train(prepared: launch.Prepared) -> None:
         logger.log_hyperparams(module.config)
     trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
     print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
+    announce(module, trainer.strategy.root_device)
     try:
         launch.fit(trainer, module, config.resume)
     finally:

@@ -97,6 +97,7 @@ class Checkpoints(Checkpoint):
 
 
 def checkpoint_bytes(module: Any) -> int:
-    """Size of one checkpoint: what is trained, and the two moments that an Adam keeps of it."""
+    """Size of one checkpoint: what is trained, and what the optimizer keeps of it."""
     state = module.policy.state_dict()
-    return 3 * sum(state[name].numel() * state[name].element_size() for name in trained_names(module.policy))
+    trained = sum(state[name].numel() * state[name].element_size() for name in trained_names(module.policy))
+    return trained + module.optimizer_bytes()

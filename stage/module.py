@@ -13,11 +13,10 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
-import copy
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +27,9 @@ from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
 from stage.objective.objective import merge_metrics
+from stage.optimizer import state_bytes
 from stage.policy import drawing
+from stage.policy.reference import frozen_reference, place_reference
 from stage.rollout import Collected, Stopwatch, collect, micro_batches, score_part, scored_distribution
 from stage.training_checkpoint import (
     check_base,
@@ -50,8 +51,7 @@ class StageModule(LightningModule):
         sampler: draws tokens from the policy.
         scorer: turns images into reward parts.
         objective: credit and loss; also says how many updates a rollout serves, how many samples go into one
-            forward, and whether a reference is needed. The reference is a frozen copy of `policy` as it
-            comes.
+            forward, and whether a reference is needed. The reference is `policy` as it comes, frozen.
         prompts: `prompts.batch(update)` gives the prompts of an update.
         optimizer: called with the list of trainable parameters.
         scheduler: called with the optimizer; stepped once a rollout.
@@ -60,6 +60,7 @@ class StageModule(LightningModule):
         seed: of the sampling noise.
         updates: rollouts to do in all, counted from the start of the run and not from a resume.
         base: `{"path", "sha256"}` of the weights the policy was loaded from.
+        reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 
     Raises ValueError for a group of one, an update count below 1, a policy without trainable parameters, or one that
@@ -81,6 +82,7 @@ class StageModule(LightningModule):
         seed: int,
         updates: int,
         base: Mapping[str, str],
+        reference_on_cpu: bool,
         config: Mapping[str, Any],
         overrides: Sequence[str],
     ) -> None:
@@ -103,8 +105,8 @@ class StageModule(LightningModule):
         )
         self.policy = policy
         # nn.Module registers a module that is assigned to it; inside a tuple it stays out of the tree.
-        frozen = copy.deepcopy(policy).requires_grad_(False).eval() if objective.needs_reference else None
-        self._reference = (frozen,)
+        self._reference = (frozen_reference(policy) if objective.needs_reference else None,)
+        self.reference_on_cpu = reference_on_cpu
         self.sampler, self._scorer, self.objective, self.prompts = sampler, (scorer,), objective, prompts
         self._optimizer, self._scheduler = optimizer, scheduler
         self.group_size, self.gradient_clip = group_size, gradient_clip
@@ -124,21 +126,29 @@ class StageModule(LightningModule):
         return self._scorer[0]
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        try:
-            optimizer = self._optimizer(trained)
+        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        with explained_settings():
             return [optimizer], [self._scheduler(optimizer)]
-        except TypeError as error:  # what torch makes of a word where it wants a number
-            raise ValueError(
-                f"optimizer and scheduler must take their settings, and do not: {error}"
-            ) from error
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the configuration for these parameters; raises ValueError for settings of a wrong kind."""
+        with explained_settings():
+            return self._optimizer(parameters)
+
+    def optimizer_bytes(self) -> int:
+        """What the optimizer will keep of all trained parameters, bytes."""
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad:
+                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return round(sum(size * state_bytes(self.make_optimizer, dtype) for dtype, size in sizes.items()))
 
     def train_dataloader(self) -> UpdateNumbers:
         return UpdateNumbers(lambda: self.update)
 
     def on_fit_start(self) -> None:
         if self.reference is not None:
-            self.reference.to(self.device)
+            place_reference(self.reference, self.policy, self.device, self.reference_on_cpu)
 
     def on_train_start(self) -> None:
         # As late as possible: whatever drew random numbers while the run was put together is undone here.
@@ -265,6 +275,15 @@ class StageModule(LightningModule):
         check_base(checkpoint, self.base)
         check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
         self.update, self._random = checkpoint["update"], checkpoint["random"]
+
+
+@contextmanager
+def explained_settings() -> Iterator[None]:
+    """Turn what torch makes of a word where it wants a number into a ValueError."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"optimizer and scheduler must take their settings, and do not: {error}") from error
 
 
 def check_finite(value: Tensor, name: str, update: int) -> None:

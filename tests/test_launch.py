@@ -78,6 +78,7 @@ def test_differences_are_named_with_both_values() -> None:
         ("seed=null", "got None"),
         ("gradient_clip=0", "gradient_clip must be a positive number or null; got 0"),
         ("gradient_clip=hard", "got 'hard'"),
+        ("reference_on_cpu=1", "reference_on_cpu must be true or false; got 1"),
         ("+group_sise=4", "nothing reads group_sise"),
     ],
 )

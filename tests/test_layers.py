@@ -15,14 +15,14 @@ import pytest
 
 # Lowest first: modules, or all files of a folder.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint"),
+    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint", "stage.optimizer"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
-    ("stage.subject",),
+    ("stage.subject", "stage.memory"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
-    ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
+    ("stage.loggers", "stage.forecast"),
+    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed.*", "stage.launch"),
     ("train", "evaluate", "stage.sample"),
 )
 
@@ -31,15 +31,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": ("*", "objective"),
     "stage.policy": (
-        "padding plan_layout checkpoint draws",
+        "padding plan_layout checkpoint lora attention draws triton_linear triton_decode triton_draw",
         "template",
-        "janus",
-        "sampler plans",
+        "reference janus rollout_weights",
+        "decoder plans",
+        "graphed",
+        "sampler",
         "drawing",
     ),
     "stage.rewards": ("*", "combine remote"),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.speed": ("models", "training", "*", "__main__"),
     "stage.shapes": (
         "scenes steps",
         "prompts tiny detector",

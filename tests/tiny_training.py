@@ -95,6 +95,7 @@ def tiny_module(folder: Path, **changes: Any) -> StageModule:
         "seed": 0,
         "updates": 3,
         "base": {"path": str(folder), "sha256": weights_sha256(folder)},
+        "reference_on_cpu": False,
         "config": {"updates": 3},
         "overrides": [],
     }

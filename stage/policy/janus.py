@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
 from stage.objective.logprobs import linear_token_scores
+from stage.policy.attention import check_attention, set_attention
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.plan_layout import append_plans, before_plans
 from stage.policy.template import Template
@@ -25,7 +26,13 @@ DECODE_IMAGES = 64  # and never more: a chunk is always full
 
 
 def load_policy(
-    path: str, template: Template, dtype: str, freeze: Sequence[str], gradient_checkpointing: bool
+    path: str,
+    template: Template,
+    dtype: str,
+    freeze: Sequence[str],
+    gradient_checkpointing: bool,
+    adapter: Callable[[JanusPolicy], None] | None = None,
+    attention: str = "sdpa",
 ) -> JanusPolicy:
     """A policy from a local checkpoint folder, ready to train: what conf/model/*.yaml instantiates.
 
@@ -36,13 +43,19 @@ def load_policy(
         freeze: modules that are not trained, named as in the checkpoint (`vision_model`, `generation_head`,
             `language_model.embed_tokens`, `lm_head`).
         gradient_checkpointing: recompute each layer of the language model in the backward pass.
+        adapter: attaches what is trained in place of the weights (`stage.policy.lora`); None is no adapter.
+        attention: kernel of the language model: `sdpa`, `eager`, or `flash_attention_2` and up where installed.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_checkpoint` and `JanusPolicy.freeze`.
+        FileNotFoundError, ValueError: see `read_checkpoint`, `check_attention` and `JanusPolicy.freeze`.
     """
+    check_attention(attention, resolve_dtype(dtype))
     checkpoint = read_checkpoint(path, resolve_dtype(dtype))
     policy = JanusPolicy(checkpoint.model, checkpoint.tokenizer, template, checkpoint.image_processor)
+    set_attention(policy.language_model, attention)
     policy.freeze(freeze)
+    if adapter is not None:
+        adapter(policy)
     if gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
@@ -69,6 +82,7 @@ class JanusPolicy(nn.Module):
         """
         super().__init__()
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.gradient_checkpointing = False
         config: Any = model.config
         vq, vision, text = config.vq_config, config.vision_config, config.text_config
         self.grid: int = model.model.vqmodel.quantize.quant_state_dims[0]
@@ -141,6 +155,7 @@ class JanusPolicy(nn.Module):
         enable = getattr(model, names[1], None) or getattr(model, names[0])
         enable({"use_reentrant": False})
         model.train()
+        self.gradient_checkpointing = True
 
     def tokenize(self, texts: Sequence[str]) -> PromptTokens:
         """P prompts to tokens `[P, T]` on the model's device, ending in the image start token, padded by the template.

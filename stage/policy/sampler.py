@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import LlamaModel
 
+from stage.policy.decoder import CachedDecoder, Prefixes, find_prefixes, image_logits
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
+from stage.policy.rollout_weights import RolloutWeights
 from stage.types import PromptTokens, Samples
 
 
@@ -36,6 +37,7 @@ class Sampler:
     reasoning_weight: float | None = None
     max_plan_tokens: int | None = None
     plan_temperature: float | None = None
+    _graphs: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.guidance_scale >= 1:
@@ -81,21 +83,71 @@ class Sampler:
                 f"uniforms must be [{len(prompt.ids)}, group, {policy.num_image_tokens}] for these prompts and this "
                 f"model; got {list(uniforms.shape)}. Draw them with stage.policy.sampler.uniforms."
             )
-        embeddings, mask = policy.prompt_rows(prompt, self.guidance_scale)
-        decoder = CachedDecoder(policy.language_model, mask, policy.position_ids, group, length - 1)
-        hidden = decoder.prefill(embeddings)
-        sides = len(embeddings) // prompts
-        table = policy.image_embeddings()
-        draws = uniforms.to(policy.device).flatten(0, 1)
-        tokens = torch.empty(draws.shape, dtype=torch.long, device=policy.device)
-        logps = torch.empty(draws.shape, dtype=torch.float32, device=policy.device)
-        for step in range(length):
-            if step > 0:
-                hidden = decoder.step(table[tokens[:, step - 1]].repeat(sides, 1))
-            logits = policy.image_logits(hidden, self.guidance_scale).float()
-            tokens[:, step], logps[:, step] = inverse_cdf(logits, draws[:, step], self.temperature)
+        dtype = _compute_dtype(policy)
+        with torch.autocast(policy.device.type, enabled=False):
+            prefixes = self._prefixes(policy, prompt, group, length)
+            draws = uniforms.to(policy.device).flatten(0, 1)
+            decode = self._decode_graphed if _has_graphs(policy) else self._decode
+            tokens, logps = decode(policy, prefixes, draws, dtype)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
+
+    def release(self) -> None:
+        """Give back the memory that is held on CUDA between rollouts; the next one takes it again."""
+        self._graphs.clear()
+
+    def __deepcopy__(self, memo: Any) -> Sampler:
+        return replace(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_graphs": []}
+
+    def _prefixes(self, policy: JanusPolicy, prompt: PromptTokens, group: int, length: int) -> Prefixes:
+        embeddings, mask = policy.prompt_rows(prompt, self.guidance_scale)
+        ids = torch.cat([prompt.ids, prompt.unconditional_ids])[: len(embeddings)]
+        return find_prefixes(ids, embeddings, mask, policy.position_ids, group, length - 1)
+
+    def _decode(
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`, on any device."""
+        model = policy.language_model
+        decoder = CachedDecoder(model, RolloutWeights(model, dtype), prefixes)
+        hidden = decoder.start()
+        sides = len(hidden) // len(draws)
+        table = policy.image_embeddings().to(dtype)
+        tokens = torch.empty(draws.shape, dtype=torch.long, device=draws.device)
+        logps = torch.empty(draws.shape, dtype=torch.float32, device=draws.device)
+        for step in range(draws.shape[1]):
+            if step > 0:
+                hidden = decoder.step(table[tokens[:, step - 1]].repeat(sides, 1))
+            logits = image_logits(policy, hidden, self.guidance_scale).float()
+            tokens[:, step], logps[:, step] = inverse_cdf(logits, draws[:, step], self.temperature)
+        return tokens, logps
+
+    def _decode_graphed(
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same in one CUDA graph a token, which is kept for the next rollout."""
+        from stage.policy.graphed import GraphedDecoders  # Triton comes with torch for CUDA alone
+
+        if not self._graphs:
+            self._graphs.append(GraphedDecoders())
+        decoders: GraphedDecoders = self._graphs[0]
+        return decoders.run(policy, prefixes, draws, self.guidance_scale, self.temperature, dtype)
+
+
+def _compute_dtype(policy: JanusPolicy) -> torch.dtype:
+    """The type that scoring computes in: that of autocast where it is on, else that of the weights."""
+    device = policy.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    weight: Tensor = policy.language_model.norm.weight
+    return weight.dtype
+
+
+def _has_graphs(policy: JanusPolicy) -> bool:
+    return policy.device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None
 
 
 def _check_finite(logps: Tensor) -> None:
@@ -106,111 +158,6 @@ def _check_finite(logps: Tensor) -> None:
             f"sampling needs finite logits; they were not for {bad} of {len(logps)} images. The policy has diverged "
             "or its dtype is too narrow: go back to a checkpoint, lower the learning rate, or use bfloat16 for float16."
         )
-
-
-class CachedDecoder:
-    """A Llama of transformers run over preallocated keys and values, for R left-padded prompts of G samples each.
-
-    It calls the projections and norms of the model's own modules, so it always sees their present weights. Keys
-    and values are plain attributes: no checkpoint and no copy of a module holds them.
-    """
-
-    def __init__(
-        self,
-        model: LlamaModel,
-        mask: Tensor,
-        position_ids: Callable[[Tensor], Tensor],
-        group: int,
-        steps: int,
-    ) -> None:
-        """`mask` `[R, T]` is 1 on the real tokens of the prompts; up to `steps` tokens follow them, S = T + steps."""
-        self.model, self.group, self.filled = model, group, 0
-        mask = F.pad(mask, (0, steps), value=1)
-        cos, sin = model.rotary_emb(model.embed_tokens.weight, position_ids(mask))
-        # Rotation is x cos + swap(x) sin with the halves of x swapped, so the first half of sin carries the sign.
-        first, second = sin.chunk(2, -1)
-        self.rope = cos.unsqueeze(2), torch.cat([-first, second], -1).unsqueeze(2)  # two of [R, S, 1, D]
-        self.blocked = ~mask.bool()[:, None, None]  # padding, [R, 1, 1, S]
-        self.padded = bool(self.blocked.any())
-        self.keys: list[Tensor] = []  # one [R, heads, T, D] a layer; after the prompt [R * G, heads, S, D]
-        self.values: list[Tensor] = []
-        self.bias: Tensor  # what hides padding from a step, [R * G, 1, 1, S]
-
-    def prefill(self, embeddings: Tensor) -> Tensor:
-        """Run the prompts, embeddings `[R, T, D]`; returns the last hidden state of every sample, `[R * G, D]`."""
-        config: Any = self.model.config
-        rows, length, _ = embeddings.shape
-        shape = (rows, config.num_key_value_heads, length, config.head_dim)
-        self.keys = [embeddings.new_empty(shape) for _ in self.model.layers]
-        self.values = [embeddings.new_empty(shape) for _ in self.model.layers]
-        later = torch.ones(length, length, dtype=torch.bool, device=embeddings.device).triu(1)
-        # Padding still attends to itself: a softmax over no key at all would be NaN.
-        others = ~torch.eye(length, dtype=torch.bool, device=embeddings.device)
-        hidden = self._run(embeddings, _bias((later | self.blocked[..., :length]) & others, embeddings))
-        self._expand()
-        return hidden[:, -1].repeat_interleave(self.group, 0)
-
-    def step(self, embeddings: Tensor) -> Tensor:
-        """Run the next token of every sample, embeddings `[R * G, D]`; returns hidden states `[R * G, D]`."""
-        bias = self.bias[..., : self.filled + 1] if self.padded else None
-        return self._run(embeddings.unsqueeze(1), bias)[:, 0]
-
-    def _expand(self) -> None:
-        """Copy each prompt to its G samples, with room for the tokens to come."""
-        total = self.blocked.shape[-1]
-        for cache in (self.keys, self.values):
-            for layer, prompt in enumerate(cache):
-                rows, heads, length, size = prompt.shape
-                room = prompt.new_empty(rows, self.group, heads, total, size)
-                room[:, :, :, :length] = prompt.unsqueeze(1)
-                cache[layer] = room.flatten(0, 1)
-        cos, sin = self.rope
-        self.rope = cos.repeat_interleave(self.group, 0), sin.repeat_interleave(self.group, 0)
-        self.bias = _bias(self.blocked.repeat_interleave(self.group, 0), self.keys[0])
-
-    def _run(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """n new tokens a row, `[rows, n, D]` to `[rows, n, D]`, appended to the cache."""
-        columns = slice(self.filled, self.filled + hidden.shape[1])
-        cos, sin = (part[:, columns] for part in self.rope)
-        layers: Iterable[Any] = self.model.layers
-        for index, layer in enumerate(layers):
-            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-            heads = (*normed.shape[:2], -1, attention.head_dim)
-            query = _rotate(attention.q_proj(normed).view(heads), cos, sin)
-            self.keys[index][:, :, columns] = _rotate(
-                attention.k_proj(normed).view(heads), cos, sin
-            ).transpose(1, 2)
-            self.values[index][:, :, columns] = attention.v_proj(normed).view(heads).transpose(1, 2)
-            keys, values = (cache[index][:, :, : columns.stop] for cache in (self.keys, self.values))
-            hidden = hidden + attention.o_proj(_attend(query, keys, values, bias, attention.scaling))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        self.filled = columns.stop
-        return self.model.norm(hidden)
-
-
-def _bias(blocked: Tensor, like: Tensor) -> Tensor:
-    """What is added to attention scores: -inf where `blocked`, else 0, in the type of `like`."""
-    return torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill_(blocked, -torch.inf)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of `[rows, n, heads, D]`; `sin` has its first half negated."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Grouped-query attention: query `[rows, n, heads, D]` over keys and values `[rows, kv heads, S, D]`.
-
-    Returns `[rows, n, heads * D]`. Query heads that share a key head become more query positions of that head, so
-    keys are never repeated.
-    """
-    rows, length, heads, _ = query.shape
-    repeats = heads // keys.shape[1]
-    query = query.unflatten(2, (-1, repeats)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    if bias is not None and length > 1:
-        bias = bias.repeat(1, 1, repeats, 1)
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
-    return out.unflatten(2, (repeats, length)).permute(0, 3, 1, 2, 4).reshape(rows, length, -1)
 
 
 def uniforms(

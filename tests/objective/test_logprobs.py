@@ -195,3 +195,22 @@ def test_a_layer_of_another_width_raises() -> None:
             linear_token_scores(wrong, weight, bias, tokens, temperature=1.0)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         linear_token_scores(features, weight, bias, tokens, temperature=0.0)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the matrix units of a CUDA device are asked for here"
+)
+def test_a_layer_in_bfloat16_on_a_gpu() -> None:
+    """Against float64 on the same rounded inputs: log-probabilities to 1e-3 and gradients to bfloat16."""
+    features, weight = torch.randn(2000, 512).bfloat16(), torch.randn(4096, 512).bfloat16() / 8
+    tokens, grad = torch.randint(4096, (2000,)), torch.rand(2000)
+    exact = [features.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = (exact[0] @ exact[1].T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    (expected * grad).sum().backward()
+    inputs = [part.cuda().requires_grad_() for part in (features, weight)]
+    found = linear_token_scores(inputs[0], inputs[1], None, tokens.cuda(), temperature=1.0)
+    (found.logps * grad.cuda()).sum().backward()
+    torch.testing.assert_close(found.logps.detach().cpu().double(), expected.detach(), atol=1e-3, rtol=0)
+    for one, two in zip(inputs, exact, strict=True):
+        assert one.grad is not None and two.grad is not None
+        assert (one.grad.cpu().double() - two.grad).norm() <= 5e-3 * two.grad.norm()

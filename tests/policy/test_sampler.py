@@ -15,6 +15,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import StaticCache
 
+from stage.policy import decoder
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.sampler import Sampler, uniforms
@@ -197,15 +198,30 @@ def test_a_diverged_policy_raises(policy: JanusPolicy, temperature: float) -> No
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 1), (2.0, 2)])
-def test_rows_that_are_run(policy: JanusPolicy, scale: float, rows: int) -> None:
-    """P prompt rows once, then P * G rows a token; twice as many under guidance."""
-    seen: list[tuple[int, ...]] = []
-    layers: Any = policy.language_model.layers
-    layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+def test_rows_that_are_run(
+    policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch, scale: float, rows: int
+) -> None:
+    """Each different prompt row once, then P * G rows a token; twice as many under guidance."""
+    seen: list[int] = []
+    run_layers = decoder.run_layers
+
+    def spy(weights: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(hidden))
+        return run_layers(weights, hidden, *rest)
+
+    monkeypatch.setattr(decoder, "run_layers", spy)
     prompt = policy.tokenize(PROMPTS)
     Sampler(scale, 1.0)(policy, prompt, noise(policy, 3))
-    steps = [(rows * 4 * 3, 1)] * (policy.num_image_tokens - 1)
-    assert seen == [(rows * 4, prompt.ids.shape[1]), *steps]
+    steps = [rows * 4 * 3] * (policy.num_image_tokens - 1)
+    different = (
+        4 if rows == 1 else 4 + 3
+    )  # two prompts are of one length: their unconditional rows are the same
+    assert seen == [different * prompt.ids.shape[1], *steps]
+    # Six prompts of one length, three of them different: one unconditional row serves them all.
+    seen.clear()
+    prompt = policy.tokenize([f"a {color} circle" for color in ("red", "green", "blue")] * 2)
+    Sampler(scale, 1.0)(policy, prompt, noise(policy, 2, 6))
+    assert seen[0] == (3 if rows == 1 else 4) * prompt.ids.shape[1] and seen[1] == rows * 12
 
 
 def test_bfloat16(random_checkpoint: Path) -> None:

@@ -1,0 +1,141 @@
+"""What a run will take: memory before it starts, hours from the first update."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from stage.memory import Reference, Workload, memory_parts, needed, remedies, shape_of
+from stage.optimizer import keeps_masters
+from stage.policy import drawing
+from stage.policy.lora import has_adapters
+from stage.rollout import micro_batches, scored_distribution
+
+SETTLED = 0.8  # a second update below this share of the first shows how much of that was warming up
+
+
+def memory_line(module: Any, device: torch.device) -> str:
+    """Memory of each part on the device, and what the device has. Ask before the weights are moved there.
+
+    Raises ValueError with a setting that makes it fit, where it does not.
+    """
+    shape, run, room = shape_of(module.policy), workload(module), device_memory(device)
+    total = needed(shape, run)
+    if total > room:
+        fitting = next((setting for setting, left in remedies(shape, run) if left <= room), None)
+        remedy = "Take fewer images an update or a larger device" if fitting is None else f"Set {fitting}"
+        if not has_adapters(module.policy):
+            remedy += ", or model/adapter=lora"
+        raise ValueError(
+            f"a run must fit into the memory of its device; it needs {_listed(shape, run)}, {_size(total)} in "
+            f"all, and {device} has {_size(room)}. {remedy}."
+        )
+    return f"memory on {device}: {_listed(shape, run)}; {_size(total)} of {_size(room)} with slack"
+
+
+def workload(module: Any) -> Workload:
+    """What a `StageModule` will do, in the numbers that memory depends on."""
+    prompts = module.prompts.batch(0)
+    rows, columns = micro_batches(len(prompts), module.group_size, module.objective.micro_batch)
+    largest = max(part.stop - part.start for part in rows) * max(part.stop - part.start for part in columns)
+    scored = scored_distribution(module.objective, module.sampler)
+    policy = module.policy
+    return Workload(
+        images=len(prompts) * module.group_size,
+        micro_batch=largest,
+        prompt_tokens=_prompt_tokens(policy, module.sampler, [prompt.text for prompt in prompts]),
+        rollout_rows=1 if module.sampler.guidance_scale == 1 else 2,
+        scored_rows=1 if scored.guidance_scale == 1 else 2,
+        optimizer_bytes=module.optimizer_bytes(),
+        reference=_reference(module),
+        checkpointing=policy.gradient_checkpointing,
+        full_attention=policy.language_model.config._attn_implementation == "eager",
+    )
+
+
+def _prompt_tokens(policy: Any, sampler: Any, texts: Sequence[str]) -> int:
+    """The longest that can stand before an image, with reasoning a plan that never ends included."""
+    length = drawing.tokenize(policy, sampler, texts).ids.shape[1]
+    return length + sampler.max_plan_tokens + 1 if drawing.reasons(sampler) else length
+
+
+def _reference(module: Any) -> Reference:
+    if module.reference is None:
+        return Reference.NONE
+    if has_adapters(module.policy):
+        return Reference.SHARED
+    return Reference.ON_CPU if module.reference_on_cpu else Reference.COPY
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a run can have: what is free on a GPU, all of the memory for a CPU."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def lost_steps(module: Any) -> str | None:
+    """A warning where weights of 16 bits are trained by an optimizer whose small steps they round away."""
+    narrow = any(p.requires_grad and p.element_size() == 2 for p in module.policy.parameters())
+    if not narrow or keeps_masters(module.make_optimizer):
+        return None
+    return (
+        "warning: weights of 16 bits are trained without float32 masters, so steps below their spacing are lost "
+        "(at a learning rate of 1e-6 nearly all are). Set optimizer=adamw_master, or model/adapter=lora."
+    )
+
+
+def announce(module: Any, device: torch.device) -> None:
+    """Print the memory of a run, and its warning; raises as `memory_line` does."""
+    print(memory_line(module, device), flush=True)
+    if (warning := lost_steps(module)) is not None:
+        print(warning, file=sys.stderr, flush=True)
+
+
+def _listed(shape: Any, run: Workload) -> str:
+    parts = memory_parts(shape, run)
+    reference = "" if run.reference is Reference.COPY else f" ({run.reference.value})"
+    return ", ".join(
+        f"{name} {_size(size)}{reference if name == 'reference' else ''}" for name, size in parts.items()
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+class Forecast(Callback):
+    """Says after the first update how long the run will take, and again after the second if that was much faster.
+
+    Validation, pictures and checkpoints between the updates are not in it. GPU-hours are hours times processes.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if len(self.seconds) == 2 or not trainer.is_global_zero:
+            return
+        self.seconds.append(pl_module.latest["time/total"])
+        left = pl_module.updates - pl_module.update
+        if left > 0 and (len(self.seconds) == 1 or self.seconds[1] < SETTLED * self.seconds[0]):
+            print(self.line(left, self.seconds[-1], trainer.world_size), flush=True)
+
+    @staticmethod
+    def line(left: int, seconds: float, processes: int) -> str:
+        """`79 updates to go at 1.4 s: about 0.03 hours, 0.03 GPU-hours, ...`."""
+        hours = left * seconds / 3600
+        return (
+            f"{left} updates to go at {seconds:.1f} s: about {hours:.2f} hours, {hours * processes:.2f} "
+            "GPU-hours, validation not counted"
+        )
