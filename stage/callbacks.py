@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from stage.data import read_prompts
-from stage.loggers import log_image
+from stage.loggers import log_image, log_table
 from stage.objective.advantage import task_rewards
+from stage.policy.plans import plan_texts
 from stage.rollout import draw
 from stage.training_checkpoint import atomic_write
 from stage.types import Metrics, Prompt
@@ -65,9 +66,18 @@ def draw_images(trainer: Trainer, module: Any, prompts: Sequence[Prompt], sample
     """uint8 images `[P, samples, H, W, 3]` of the present policy, with noise that is the same at every
     update.
     """
+    return draw_planned(trainer, module, prompts, samples, seed)[0]
+
+
+@torch.no_grad()
+def draw_planned(
+    trainer: Trainer, module: Any, prompts: Sequence[Prompt], samples: int, seed: int
+) -> tuple[Tensor, list[list[str]] | None]:
+    """The images of `draw_images`, and with reasoning the plan of each, `[P][samples]`."""
     with trainer.precision_plugin.val_step_context():
         _, drawn = draw(module.policy, module.sampler, prompts, samples, seed=seed, update=0)
-        return module.policy.decode(drawn.tokens)
+        images = module.policy.decode(drawn.tokens)
+        return images, None if drawn.plans is None else plan_texts(module.policy, drawn.plans)
 
 
 class Validation(Callback):
@@ -122,6 +132,8 @@ class Validation(Callback):
 class ImageGrid(Callback):
     """Draws fixed prompts with fixed noise every few updates: `images/update_00020.png`, one row a prompt.
 
+    With reasoning the plans stand in `images/update_00020.txt`, and in a table of the loggers that take one.
+
     Args:
         folder: where the pictures go.
         prompts: prompt file; `count` of them are taken, spread evenly over the file.
@@ -152,7 +164,7 @@ class ImageGrid(Callback):
     def draw(self, trainer: Trainer, module: Any) -> None:
         """Write the picture and show it in the loggers that take pictures."""
         with apart(self.seed):
-            images = draw_images(trainer, module, self.prompts, self.samples, self.seed)
+            images, plans = draw_planned(trainer, module, self.prompts, self.samples, self.seed)
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +173,19 @@ class ImageGrid(Callback):
             grid(images).save(temporary, format="PNG")
         caption = f"update {module.update}: " + " | ".join(prompt.text for prompt in self.prompts)
         log_image(trainer.loggers, "images/grid", path, caption, module.update)
+        if plans is not None:
+            self._log_plans(trainer, path.with_suffix(".txt"), plans, module.update)
+
+    def _log_plans(self, trainer: Trainer, path: Path, plans: list[list[str]], update: int) -> None:
+        rows = [
+            (prompt.text, number, plan)
+            for prompt, group in zip(self.prompts, plans, strict=True)
+            for number, plan in enumerate(group, start=1)
+        ]
+        with atomic_write(path) as temporary:
+            text = "".join(f"{prompt}, {number}: {plan}\n" for prompt, number, plan in rows)
+            temporary.write_text(text, encoding="utf-8")
+        log_table(trainer.loggers, "images/plans", ("prompt", "sample", "plan"), rows, update)
 
 
 def grid(images: Tensor) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from stage.memory import Reference, Workload, memory_parts, needed, remedies, shape_of
 from stage.optimizer import keeps_masters
+from stage.policy import drawing
 from stage.policy.lora import has_adapters
 from stage.rollout import micro_batches, scored_distribution
 
@@ -46,7 +48,7 @@ def workload(module: Any) -> Workload:
     return Workload(
         images=len(prompts) * module.group_size,
         micro_batch=largest,
-        prompt_tokens=policy.tokenize([prompt.text for prompt in prompts]).ids.shape[1],
+        prompt_tokens=_prompt_tokens(policy, module.sampler, [prompt.text for prompt in prompts]),
         rollout_rows=1 if module.sampler.guidance_scale == 1 else 2,
         scored_rows=1 if scored.guidance_scale == 1 else 2,
         optimizer_bytes=module.optimizer_bytes(),
@@ -54,6 +56,12 @@ def workload(module: Any) -> Workload:
         checkpointing=policy.gradient_checkpointing,
         full_attention=policy.language_model.config._attn_implementation == "eager",
     )
+
+
+def _prompt_tokens(policy: Any, sampler: Any, texts: Sequence[str]) -> int:
+    """The longest that can stand before an image, with reasoning a plan that never ends included."""
+    length = drawing.tokenize(policy, sampler, texts).ids.shape[1]
+    return length + sampler.max_plan_tokens + 1 if drawing.reasons(sampler) else length
 
 
 def _reference(module: Any) -> Reference:

@@ -144,6 +144,15 @@ def log_image(loggers: Sequence[Any], name: str, file: Path, caption: str, updat
             logger.log_image(name, [str(file)], step=update, caption=[caption])
 
 
+def log_table(
+    loggers: Sequence[Any], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int
+) -> None:
+    """Show rows of text and numbers in the loggers that can show tables."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_text(name, list(columns), [list(row) for row in rows], step=update)
+
+
 def finish_wandb() -> None:
     """End the wandb run of this process, if there is one, so that the next job of a sweep gets its own."""
     if "wandb" in sys.modules:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from stage.data import PromptStream, UpdateNumbers
 from stage.objective.objective import merge_metrics
 from stage.optimizer import state_bytes
+from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
-from stage.rollout import Collected, Stopwatch, collect, micro_batches, scored_distribution, take
+from stage.rollout import Collected, Stopwatch, collect, micro_batches, score_part, scored_distribution
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -62,7 +63,8 @@ class StageModule(LightningModule):
         reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 
-    Raises ValueError for a group of one, an update count below 1, or a policy without trainable parameters.
+    Raises ValueError for a group of one, an update count below 1, a policy without trainable parameters, or one that
+    cannot write the plans that the sampler asks for.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class StageModule(LightningModule):
                 "the policy must have trainable parameters; all are frozen. Shorten model.freeze."
             )
         scored_distribution(objective, sampler)
+        drawing.check(policy, sampler)
         self.automatic_optimization = False
         self.strict_loading = (
             False  # a checkpoint lacks the frozen weights; on_load_checkpoint checks the names
@@ -234,12 +237,8 @@ class StageModule(LightningModule):
         """
         if scores is None:
             distribution = scored_distribution(self.objective, self.sampler)
-            scores = self.policy(
-                take(rollout.prompt_tokens, prompts),
-                rollout.tokens[prompts, samples],
-                guidance_scale=distribution.guidance_scale,
-                temperature=distribution.temperature,
-            )
+            drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
+            scores = score_part(self.policy, *drawn, prompts, samples, distribution)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
         self.manual_backward(loss)
         return loss.detach(), metrics

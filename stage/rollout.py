@@ -7,7 +7,7 @@ alike (`collect`, argument `differentiable`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.policy.sampler import uniforms
+from stage.policy import drawing
 from stage.score_checks import check_values
-from stage.types import Metrics, Prompt, PromptTokens, Rollout, Samples, Scorer, TokenScores, map_tensors
+from stage.types import (
+    Metrics,
+    Plans,
+    Prompt,
+    PromptTokens,
+    Rollout,
+    Samples,
+    Scorer,
+    TokenScores,
+    map_tensors,
+)
 
 Parts = tuple[list[slice], list[slice]]
 
@@ -25,11 +35,12 @@ Parts = tuple[list[slice], list[slice]]
 @dataclass(frozen=True)
 class Distribution:
     """The distribution whose log-probabilities are the policy: guidance scale (1 = conditional) and
-    temperature.
+    temperature, and with reasoning the temperature of the plans.
     """
 
     guidance_scale: float
     temperature: float
+    plan_temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,11 @@ def scored_distribution(objective: Any, sampler: Any) -> Distribution:
     Raises ValueError for any other name.
     """
     if objective.distribution == "conditional":
-        return Distribution(1.0, 1.0)
+        return Distribution(1.0, 1.0, 1.0)
     if objective.distribution == "guided":
-        return Distribution(sampler.guidance_scale, sampler.temperature)
+        return Distribution(
+            sampler.guidance_scale, sampler.temperature, getattr(sampler, "plan_temperature", None)
+        )
     raise ValueError(
         f"algorithm.distribution must be conditional or guided; got {objective.distribution!r}. Name one of them."
     )
@@ -95,37 +108,55 @@ def _cut(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def take(prompt_tokens: PromptTokens, prompts: slice) -> PromptTokens:
-    """The rows of some prompts."""
-    return map_tensors(prompt_tokens, lambda tensor: tensor[prompts])
+def score_part(
+    score: Callable[..., TokenScores],
+    prompt_tokens: PromptTokens,
+    tokens: Tensor,
+    plans: Plans | None,
+    prompts: slice,
+    samples: slice,
+    distribution: Distribution,
+) -> TokenScores:
+    """Teacher-forced scores of some samples of some prompts by `score`, a policy's own or the policy as a module."""
+    planned = {}
+    if plans is not None:
+        cut = map_tensors(plans, lambda tensor: tensor[prompts, samples])
+        planned = {"plans": cut, "plan_temperature": distribution.plan_temperature}
+    return score(
+        map_tensors(prompt_tokens, lambda tensor: tensor[prompts]),
+        tokens[prompts, samples],
+        guidance_scale=distribution.guidance_scale,
+        temperature=distribution.temperature,
+        **planned,
+    )
 
 
 def draw(
     policy: Any, sampler: Any, prompts: Sequence[Prompt], group_size: int, *, seed: int, update: int
 ) -> tuple[PromptTokens, Samples]:
-    """Sample `group_size` images of each prompt as tokens `[P, G, L]`.
+    """Sample `group_size` images of each prompt as tokens `[P, G, L]`, with plans where the sampler reasons.
 
     The uniforms behind a sample are a function of (seed, update, prompt id, sample index) alone, so it does
     not matter which other prompts are drawn in the same call.
     """
-    prompt_tokens = policy.tokenize([prompt.text for prompt in prompts])
-    noise = uniforms(seed, update, [prompt.id for prompt in prompts], group_size, policy.num_image_tokens)
-    return prompt_tokens, sampler(policy, prompt_tokens, noise.to(prompt_tokens.ids.device))
+    prompt_tokens = drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
+    noise = drawing.noise(policy, sampler, seed, update, [prompt.id for prompt in prompts], group_size)
+    return prompt_tokens, drawing.draw(policy, sampler, prompt_tokens, noise)
 
 
 def score_tokens(
-    policy: Any, prompt_tokens: PromptTokens, tokens: Tensor, parts: Parts, distribution: Distribution
+    policy: Any,
+    prompt_tokens: PromptTokens,
+    tokens: Tensor,
+    parts: Parts,
+    distribution: Distribution,
+    plans: Plans | None = None,
 ) -> TokenScores:
-    """Teacher-forced scores of `tokens` `[P, G, L]`, computed micro-batch by micro-batch."""
+    """Teacher-forced scores of `tokens` `[P, G, L]` and of their plans, computed micro-batch by micro-batch."""
     rows = []
     for prompts in parts[0]:
         scores = [
-            policy.score(
-                take(prompt_tokens, prompts),
-                tokens[prompts, samples],
-                guidance_scale=distribution.guidance_scale,
-                temperature=distribution.temperature,
-            )
+            score_part(policy.score, prompt_tokens, tokens, plans, prompts, samples, distribution)
             for samples in parts[1]
         ]
         rows.append(_join(scores, dim=1))
@@ -135,9 +166,11 @@ def score_tokens(
 def _join(scores: list[TokenScores], dim: int) -> TokenScores:
     if len(scores) == 1:
         return scores[0]
+    plans = [part.plan for part in scores if part.plan is not None]
     return TokenScores(
         logps=torch.cat([part.logps for part in scores], dim),
         entropy=torch.cat([part.entropy for part in scores], dim),
+        plan=_join(plans, dim) if plans else None,
     )
 
 
@@ -181,10 +214,12 @@ def collect(
             reference_scores = (
                 None
                 if reference is None
-                else score_tokens(reference, prompt_tokens, samples.tokens, parts, distribution)
+                else score_tokens(
+                    reference, prompt_tokens, samples.tokens, parts, distribution, samples.plans
+                )
             )
     with watch("replay"), torch.set_grad_enabled(differentiable):
-        live = score_tokens(policy, prompt_tokens, samples.tokens, parts, distribution)
+        live = score_tokens(policy, prompt_tokens, samples.tokens, parts, distribution, samples.plans)
     rollout = Rollout(
         update=update,
         prompts=tuple(prompts),
@@ -196,6 +231,8 @@ def collect(
         old=map_tensors(live, Tensor.detach),
         reference=reference_scores,
         sampled_logps=samples.logps,
+        plans=samples.plans,
+        plan_weight=None if samples.plans is None else sampler.reasoning_weight,
     )
     return Collected(rollout, live if differentiable else None)
 

@@ -46,10 +46,14 @@ def sample(config: DictConfig) -> None:
     output = output_file(config.output, prompt, config.seed, subject.sha256)
     output.parent.mkdir(parents=True, exist_ok=True)
     policy, sampler = subject.load(choose_device(config.device)), instantiate(subjects.sampler)
-    images = draw(policy, sampler, prompt, count=config.count, seed=config.seed, batch_size=config.batch_size)
+    images, plans = draw(
+        policy, sampler, prompt, count=config.count, seed=config.seed, batch_size=config.batch_size
+    )
     file = io.BytesIO()
     Image.fromarray(grid(images.numpy(), config.columns)).save(file, format="PNG")
     write_atomic(output, file.getvalue())
+    for number, plan in enumerate(plans, start=1):
+        print(f"{number}: {plan}")
     print(f"{config.count} images of {prompt!r} in {launch.short(output)}", flush=True)
 
 
@@ -64,23 +68,33 @@ def output_file(asked: str | None, prompt: str, seed: int, sha256: str) -> Path:
     return path
 
 
-def draw(policy: Any, sampler: Any, prompt: str, *, count: int, seed: int, batch_size: int) -> Tensor:
-    """Images 0 to count - 1 of `prompt`, uint8 `[count, H, W, 3]`; `batch_size` of them at once.
+def draw(
+    policy: Any, sampler: Any, prompt: str, *, count: int, seed: int, batch_size: int
+) -> tuple[Tensor, list[str]]:
+    """Images 0 to count - 1 of `prompt`, uint8 `[count, H, W, 3]`, `batch_size` of them at once, and their plans.
 
-    Image n is the one that an evaluation with this seed draws as sample n of the prompt.
+    Image n is the one that an evaluation with this seed draws as sample n of the prompt. The plans are an empty list
+    without reasoning.
     """
     import torch
 
     from stage.data import prompt_id
-    from stage.policy.sampler import uniforms
+    from stage.policy import drawing
+    from stage.policy.plans import plan_texts
+    from stage.types import map_tensors
 
-    noise = uniforms(seed, 0, [prompt_id(prompt)], count, policy.num_image_tokens).to(policy.device)
-    tokens = policy.tokenize([prompt])
-    with torch.no_grad():
-        parts = [
-            policy.decode(sampler(policy, tokens, part).tokens) for part in noise.split(batch_size, dim=1)
-        ]
-    return torch.cat(parts, dim=1)[0].cpu()
+    noise = drawing.noise(policy, sampler, seed, 0, [prompt_id(prompt)], count)
+    tokens = drawing.tokenize(policy, sampler, [prompt])
+    images, plans = [], list[str]()
+    for start in range(0, count, batch_size):
+        part = slice(start, start + batch_size)
+        cut = map_tensors(noise, lambda tensor, part=part: tensor[:, part])
+        with torch.no_grad():
+            samples = drawing.draw(policy, sampler, tokens, cut)
+            images.append(policy.decode(samples.tokens)[0].cpu())
+        if samples.plans is not None:
+            plans += plan_texts(policy, samples.plans)[0]
+    return torch.cat(images), plans
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

@@ -8,7 +8,7 @@ Legend, used in every docstring of the project:
     T  prompt tokens, padded
     V  size of the image codebook
     C  dimension of a codebook vector
-    R  named parts of a reward
+    R  named parts of a reward; of a plan, its longest length in tokens
 
 Entropy and KL are in nats, images are uint8 HWC RGB, times are seconds, sizes bytes.
 """
@@ -42,33 +42,53 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Left-padded prompt tokens that end where the first image token begins.
+    """Padded prompt tokens that end where the first image token begins, or with reasoning where the plan begins.
 
-    `ids`, `unconditional_ids` and `mask` are int64 `[P, T]`; `mask` is 1 on real tokens and serves both rows.
+    All are int64 `[P, T]`; `mask` is 1 on real tokens. It serves the unconditional rows too, unless
+    `unconditional_mask` is there. Padding is on the left, unless the template asks for another.
     """
 
     ids: Tensor
     unconditional_ids: Tensor
     mask: Tensor
+    unconditional_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What the model wrote before each image: `tokens` and `mask` int64, `logps` float32, all `[P, G, R]`.
+
+    A plan's own tokens, the end token included where it was drawn, come first and have mask 1; padding follows, with
+    log-probability 0. `logps` are under the distribution that was sampled.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    logps: Tensor
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the sampler drew: `tokens` int64 `[P, G, L]` and `logps` `[P, G, L]`.
+    """What the sampler drew: `tokens` int64 `[P, G, L]` and `logps` `[P, G, L]`, and `plans` with reasoning.
 
     `logps` are log-probabilities under the distribution that was sampled (guidance and temperature included).
     """
 
     tokens: Tensor
     logps: Tensor
+    plans: Plans | None = None
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Teacher-forced `logps` `[P, G, L]` of given tokens and full-vocabulary `entropy` `[P, G, L]`, both in nats."""
+    """Teacher-forced `logps` `[P, G, L]` of given tokens and full-vocabulary `entropy` `[P, G, L]`, both in nats.
+
+    With reasoning, `plan` has the same of the plan's tokens over the text vocabulary, `[P, G, R]`, 0 in the padding.
+    """
 
     logps: Tensor
     entropy: Tensor
+    plan: TokenScores | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,8 @@ class Rollout:
     """Everything one update learns from, sampled and scored without gradient.
 
     Shapes: tokens `[P, G, L]`, codes `[P, G, L, C]`, images uint8 `[P, G, H, W, 3]`, scores.parts `[P, G, R]`.
-    `reference` is None when neither the KL term nor the entropy reward needs one.
+    `reference` is None when neither the KL term nor the entropy reward needs one. With reasoning there are `plans`
+    `[P, G, R]`, the prompt tokens end where they begin, and `plan_weight` is the weight of their term in the loss.
     """
 
     update: int
@@ -118,6 +139,8 @@ class Rollout:
     old: TokenScores
     reference: TokenScores | None
     sampled_logps: Tensor
+    plans: Plans | None = None
+    plan_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,10 +230,11 @@ class TextReader(Protocol):
 
 
 def map_tensors(record: Any, function: Any) -> Any:
-    """A copy of a frozen record of tensors with `function` applied to each tensor field."""
-    return type(record)(
-        **{
-            name: function(value) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(record).items()
-        }
-    )
+    """A copy of a frozen record with `function` applied to its tensors, and to those of a field of the same kind."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return function(value)
+        return map_tensors(value, function) if isinstance(value, type(record)) else value
+
+    return type(record)(**{name: mapped(value) for name, value in vars(record).items()})

@@ -160,6 +160,7 @@ def test_pictures_show_the_same_prompts_with_the_same_noise(
 
 def test_rows_are_spread_over_the_prompt_file(tmp_path: Path, prompt_file: str) -> None:
     """Of five prompts, two rows are prompts 0 and 2; more rows than prompts are all of them."""
+    assert not list((tmp_path / "images").glob("*.txt"))  # nothing was planned
     assert pictures(tmp_path, prompt_file, count=2).prompts[1].text == PROMPTS[2].text
     assert [p.text for p in pictures(tmp_path, prompt_file, count=9).prompts] == [p.text for p in PROMPTS]
 

@@ -66,6 +66,9 @@ def test_a_checkpoint_beside_its_base(
             assert rows["overall"][role]["mean"] == pytest.approx(sum(means.values()) / len(means), abs=1e-9)
     assert set(found["scores"]["validation"]["strict"]["overall"]) == {"base", "tuned", "difference"}
     assert found["models"]["tuned"]["update"] == 12
+    for role in ("base", "tuned"):
+        assert found["models"][role]["model"]["template"]["name"] == "plain"
+        assert found["settings"][role]["template"]["name"] == "plain"
     assert found["models"]["tuned"]["sha256"] == hashlib.sha256(world.checkpoint.read_bytes()).hexdigest()
     assert found["versions"]["torch"] and found["trained_with"]["seed"] == 0
     assert found["command"].endswith(f"checkpoint={world.checkpoint}")

@@ -17,7 +17,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint", "stage.optimizer"),
     ("stage.objective.*",),
-    ("stage.policy.*", "stage.detectors.*", "stage.geneval"),
+    ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
@@ -69,14 +69,15 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
-    "stage.speed": ("models machine", "training", "*", "__main__"),
+    "stage.speed": ("models machine", "rollout", "plain_step", "training", "__main__"),
     "stage.shapes": (
-        "scenes signs steps",
-        "prompts tiny detector",
-        "corpus detector_training",
-        "vq",
-        "language",
-        "pretrain",
+        "scenes steps",
+        "prompts tiny detector signs",
+        "corpus detector_training sign_prompts",
+        "vq sign_corpus",
+        "language sign_codec",
+        "pretrain sign_language",
+        "sign_pretrain",
     ),
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from stage.loggers import MetricsFile, csv_and_wandb, finish_wandb, log_image, read_metrics
+from stage.loggers import MetricsFile, csv_and_wandb, finish_wandb, log_image, log_table, read_metrics
 
 
 def write(folder: Path, *rows: tuple[int, dict[str, float]]) -> None:
@@ -80,6 +81,7 @@ def test_wandb_offline_holds_curves_pictures_and_configuration(
             logger.log_hyperparams({"seed": 3, "optimizer": {"lr": 0.5}})
             logger.log_metrics({"reward/mean": 0.25}, step=2)
         log_image(loggers, "images/grid", picture, "a red square", 2)
+        log_table(loggers, "images/plans", ("prompt", "sample", "plan"), [("a red square", 1, "red")], 2)
         run = loggers[1].experiment
         identity, name, config = run.id, run.name, dict(run.config)
         summary = {name: run.summary[name] for name in ("reward/mean", "trainer/global_step")}
@@ -88,6 +90,8 @@ def test_wandb_offline_holds_curves_pictures_and_configuration(
     assert config["seed"] == 3 and config["optimizer"] == {"lr": 0.5}
     assert summary == {"reward/mean": 0.25, "trainer/global_step": 2}
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (table,) = folder.glob("files/media/table/images/*.json")
+    assert json.loads(table.read_text())["data"] == [["a red square", 1, "red"]]
     assert list(folder.glob("*.wandb")) and list(folder.glob("files/media/images/images/*.png"))
     assert read_metrics(tmp_path / "metrics.csv")[0]["reward/mean"] == "0.25"
     assert name == tmp_path.name

@@ -80,10 +80,31 @@ def test_an_image_is_the_one_an_evaluation_draws(tmp_path: Path) -> None:
         sizes.append(uniforms.shape[1])
         return sampler(policy, prompt, uniforms)
 
-    images = sample.draw(policy, counted, prompts()[0].text, count=5, seed=3, batch_size=2).numpy()
-    assert sizes == [2, 2, 1]
+    images, plans = sample.draw(policy, counted, prompts()[0].text, count=5, seed=3, batch_size=2)
+    assert sizes == [2, 2, 1] and plans == []
     for item in folder.planned:
-        np.testing.assert_array_equal(folder.load(item), images[item.sample])
+        np.testing.assert_array_equal(folder.load(item), images[item.sample].numpy())
+
+
+def test_plans_are_printed(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One a line, in the order of the images; and an error where the template cannot ask for one."""
+    reasoning = [
+        "prompt=a red circle",
+        "count=3",
+        "output=a.png",
+        "+sampler.reasoning=text",
+        "+sampler.reasoning_weight=1",
+        "+sampler.max_plan_tokens=4",
+        "+sampler.plan_temperature=1",
+    ]
+    assert "has none" in str(run_command(sample.main, [*world.arguments, *reasoning], monkeypatch))
+    asking = "+model.template.instruction='{prompt} :'"
+    assert run_command(sample.main, [*world.arguments, *reasoning, asking], monkeypatch) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == ["1", "2", "3"]
+    assert any(len(line) > 3 for line in lines[:3]) and lines[3].startswith("3 images of")
 
 
 def test_a_grid_by_hand() -> None:

@@ -58,7 +58,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Judged:
-    """One image with its verdict, a line of `images` in results.json; `file` is an absolute path."""
+    """One image with its verdict, a line of `images` in results.json; `file` is an absolute path.
+
+    `plan` is what the model wrote before it, None without reasoning.
+    """
 
     role: str
     split: str
@@ -69,6 +72,7 @@ class Judged:
     sample: int
     task: str
     verdict: Verdict
+    plan: str | None = None
 
 
 def open_folders(
@@ -157,6 +161,7 @@ def score(
                         sample=item.sample,
                         task=benchmark.task(prompts[item.index]),
                         verdict=verdict,
+                        plan=folder.load_plan(item),
                     )
                     for item, verdict in zip(items, verdicts, strict=True)
                 ]

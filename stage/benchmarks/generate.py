@@ -12,8 +12,10 @@ from itertools import groupby
 import torch
 
 from stage.benchmarks.images import ImageFolder, Planned
+from stage.policy import drawing
 from stage.policy.janus import JanusPolicy
-from stage.policy.sampler import Sampler, uniforms
+from stage.policy.plans import plan_texts
+from stage.policy.sampler import Sampler
 from stage.types import map_tensors
 
 UPDATE = 0  # the uniforms of an evaluation do not follow training: before and after must share them
@@ -35,13 +37,17 @@ def draw(
         drawn: called with the number of images after each batch is on disk.
     """
     texts = {item.index: item.prompt for item in folder.planned}
-    tokens = policy.tokenize([texts[index] for index in sorted(texts)])
+    tokens = drawing.tokenize(policy, sampler, [texts[index] for index in sorted(texts)])
     row = {index: position for position, index in enumerate(sorted(texts))}
     made = 0
     for batch in _batches(folder.missing(), batch_size):
         rows = torch.tensor([row[group[0].index] for group in batch], device=tokens.ids.device)
         prompt = map_tensors(tokens, lambda tensor, rows=rows: tensor[rows])
-        samples = sampler(policy, prompt, _uniforms(batch, policy.num_image_tokens))
+        samples = drawing.draw(policy, sampler, prompt, _noise(policy, sampler, batch))
+        if samples.plans is not None:
+            for group, plans in zip(batch, plan_texts(policy, samples.plans), strict=True):
+                for item, plan in zip(group, plans, strict=True):
+                    folder.save_plan(item, plan)
         images = policy.decode(samples.tokens).cpu().numpy()
         for group, pictures in zip(batch, images, strict=True):
             for item, picture in zip(group, pictures, strict=True):
@@ -69,11 +75,11 @@ def _batches(missing: tuple[Planned, ...], batch_size: int) -> Iterator[list[lis
             yield rows[start : start + step]
 
 
-def _uniforms(batch: list[list[Planned]], length: int) -> torch.Tensor:
-    """Uniforms `[P, G, length]`; entry (p, g) is the one of that image's (seed, prompt id, sample)."""
+def _noise(policy: JanusPolicy, sampler: Sampler, batch: list[list[Planned]]) -> drawing.Noise:
+    """Noise of P prompts and G samples; entry (p, g) is the one of that image's (seed, prompt id, sample)."""
     group = max(item.sample for items in batch for item in items) + 1
     seed, ids = batch[0][0].seed, [items[0].prompt_id for items in batch]
-    drawn = uniforms(seed, UPDATE, ids, group, length)
-    return torch.stack(
-        [drawn[position, [item.sample for item in items]] for position, items in enumerate(batch)]
-    )
+    rows = torch.arange(len(batch))[:, None]
+    columns = torch.tensor([[item.sample for item in items] for items in batch])
+    drawn = drawing.noise(policy, sampler, seed, UPDATE, ids, group)
+    return map_tensors(drawn, lambda tensor: tensor[rows, columns])

@@ -3,6 +3,7 @@
     FOLDER/settings.json     what the images depend on: checkpoint hash, sampler, template, seed, ...
     FOLDER/manifest.jsonl    one planned image a line: file, prompt, prompt id, metadata, sample index, seed, checkpoint
     FOLDER/images/00003_1.png    line 3 of the prompt file, sample 1
+    FOLDER/plans/00003_1.txt     with reasoning, the words that were written before it
 
 The manifest is written before the first image, and an image appears under its name only when its bytes are
 complete. So a picture that exists is finished, whatever was killed when, and any process can see what is left to do.
@@ -30,7 +31,10 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Planned:
-    """One line of the manifest: the image `file` (relative to the folder) and everything that identifies it."""
+    """One line of the manifest: the image `file` (relative to the folder) and everything that identifies it.
+
+    `plan` is the file of its plan, None without reasoning.
+    """
 
     file: str
     index: int
@@ -40,6 +44,7 @@ class Planned:
     seed: int
     checkpoint: str
     metadata: Mapping[str, Any]
+    plan: str | None = None
 
 
 class ImageFolder:
@@ -61,6 +66,7 @@ class ImageFolder:
         self, folder: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], images_per_prompt: int
     ) -> None:
         self.folder = folder
+        reasoning = (settings.get("sampler") or {}).get("reasoning") is not None
         self.planned = tuple(
             Planned(
                 file=f"images/{index:05d}_{sample}.png",
@@ -71,6 +77,7 @@ class ImageFolder:
                 seed=settings["seed"],
                 checkpoint=settings["checkpoint"],
                 metadata=dict(prompt.metadata),
+                plan=f"plans/{index:05d}_{sample}.txt" if reasoning else None,
             )
             for index, prompt in enumerate(prompts)
             for sample in range(images_per_prompt)
@@ -92,6 +99,15 @@ class ImageFolder:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, format="PNG")
         write_atomic(self.folder / item.file, buffer.getvalue())
+
+    def save_plan(self, item: Planned, words: str) -> None:
+        """Write the plan of an image; before the image, so that one that exists has its plan."""
+        assert item.plan is not None
+        write_atomic(self.folder / item.plan, words.encode())
+
+    def load_plan(self, item: Planned) -> str | None:
+        """The plan of an image, None without reasoning. Raises FileNotFoundError where its file is gone."""
+        return None if item.plan is None else (self.folder / item.plan).read_text(encoding="utf-8")
 
     def load(self, item: Planned) -> np.ndarray:
         """The uint8 image `[H, W, 3]`. Raises ValueError for a missing or unreadable file."""
@@ -150,7 +166,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def _line(item: Planned) -> str:
-    return json.dumps(asdict(item), ensure_ascii=False) + "\n"
+    known = {name: value for name, value in asdict(item).items() if name != "plan" or value is not None}
+    return json.dumps(known, ensure_ascii=False) + "\n"
 
 
 def _difference(there: str, wanted: str) -> str:

@@ -114,4 +114,5 @@ def _image_line(item: Judged, folder: Path) -> dict[str, Any]:
         "task": item.task,
         "parts": dict(item.verdict.parts),
         "reason": item.verdict.reason,
+        **({} if item.plan is None else {"plan": item.plan}),
     }

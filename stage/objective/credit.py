@@ -4,9 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from stage.types import TokenScores, map_tensors
+from stage.types import Rollout, TokenScores, map_tensors
+
+
+@dataclass(frozen=True)
+class PlanCredit:
+    """What the loss of the plans needs beside the scores of the policy; `Credit.advantages` serve them too.
+
+    Shapes: `mask` (1 on a plan's own tokens), `old_logps` and `reference_logps` `[P, G, R]`, the last None without a
+    reference; `divisors` `[P]`, the tokens of all plans of a group; `total` 0-d, those of all groups. `weight` is that
+    of the plans' term in the loss.
+    """
+
+    mask: Tensor
+    old_logps: Tensor
+    reference_logps: Tensor | None
+    divisors: Tensor
+    total: Tensor
+    weight: float
+
+    @classmethod
+    def of(cls, rollout: Rollout, dtype: torch.dtype) -> PlanCredit | None:
+        """That of a rollout, numbers in `dtype`; None for a rollout without plans."""
+        if rollout.plans is None or rollout.old.plan is None or rollout.plan_weight is None:
+            return None
+        mask = rollout.plans.mask.to(dtype)
+        reference = None if rollout.reference is None else rollout.reference.plan
+        return cls(
+            mask=mask,
+            old_logps=rollout.old.plan.logps.detach().to(dtype),
+            reference_logps=None if reference is None else reference.logps.detach().to(dtype),
+            divisors=mask.sum(dim=(1, 2)),
+            total=mask.sum(),
+            weight=rollout.plan_weight,
+        )
+
+    def micro_batch(self, prompts: slice, samples: slice) -> PlanCredit:
+        """The part of some prompts and some samples, with the divisors of the whole rollout."""
+        reference = self.reference_logps
+        return replace(
+            self,
+            mask=self.mask[prompts, samples],
+            old_logps=self.old_logps[prompts, samples],
+            reference_logps=None if reference is None else reference[prompts, samples],
+            divisors=self.divisors[prompts],
+        )
 
 
 @dataclass(frozen=True)
@@ -16,7 +61,7 @@ class Credit:
     Shapes: `advantages` `[P, G]`; `token_weights` w, `kl_weights` m, `similarity` s `[P, G, L]`, None where
     nothing is reweighted; `old_logps` `[P, G, L]`; `reference` scores of `[P, G, L]` or None; `divisors` and
     `kl_divisors` `[P]`. `num_groups`, `group_size` and `num_tokens` are P, G and L of the whole rollout, also
-    in a micro-batch.
+    in a micro-batch. `plan` is what the plans before the images add, None without reasoning.
     """
 
     advantages: Tensor
@@ -30,6 +75,7 @@ class Credit:
     num_groups: int
     group_size: int
     num_tokens: int
+    plan: PlanCredit | None = None
 
     @property
     def reference_logps(self) -> Tensor | None:
@@ -56,4 +102,5 @@ class Credit:
             reference=None if self.reference is None else map_tensors(self.reference, cut),
             divisors=self.divisors[prompts],
             kl_divisors=self.kl_divisors[prompts],
+            plan=self.plan and self.plan.micro_batch(prompts, samples),
         )

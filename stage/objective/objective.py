@@ -13,6 +13,8 @@ For one group, with samples i and positions t (STAGE, arXiv 2509.25027; all off 
     kl    = mean_it(m k3)                                                                 divergence.py
     loss  = mean over groups of pg + β kl
 
+With reasoning, a rollout has plans, and the loss of their tokens is added with a weight      plan.py
+
 Departures of `algorithm=stage` from the published code (krennic999/STAGE, grpo_trainer.py, `compute_loss`):
  1. Each group has its own baseline, maximum and similarity; the published code mixes the prompts of a rank.
  2. A threshold that the published code reads and never sets is gone, with the branch that depends on it.
@@ -36,8 +38,9 @@ from torch import Tensor
 from stage.objective import advantage as advantages_of
 from stage.objective import entropy
 from stage.objective.advantage import Advantages
-from stage.objective.credit import Credit
+from stage.objective.credit import Credit, PlanCredit
 from stage.objective.metrics import TensorMetrics, merge_metrics, to_floats
+from stage.objective.plan import plan_loss, plan_metrics
 from stage.objective.similarity import TokenWeights
 from stage.objective.slots import check_slots, check_switches
 from stage.objective.surrogate import Surrogate
@@ -129,7 +132,8 @@ class Objective:
             groups; reward/PART is the mean of each part as it was scored; with several parts, contribution/PART and
             contribution_std/PART are the mean of what was added up of it (weight, gate and normalisation included)
             and its std in a group, mean over groups; advantage/max is the largest |A|;
-            policy/sampling_gap is the mean |log-probability when sampled - when scored|, nats.
+            policy/sampling_gap is the mean |log-probability when sampled - when scored|, nats, and
+            plan/sampling_gap that of the plans.
 
         Raises:
             ValueError: shapes that do not match, a reward that is not finite, a missing reference, G = 1.
@@ -156,6 +160,7 @@ class Objective:
             num_groups=groups,
             group_size=group_size,
             num_tokens=num_tokens,
+            plan=PlanCredit.of(rollout, dtype),
         )
         metrics = _credit_metrics(rollout, found, credit)
         if self.entropy_coefficient != 0:
@@ -175,7 +180,8 @@ class Objective:
             The loss, 0-d, and metrics as detached 0-d tensors, so that no micro-batch waits for the device.
             Each metric is this part's contribution: `metrics.merge_metrics` adds those of all parts (and
             takes the largest policy/ratio_max). loss/total = loss/policy + beta * loss/kl; loss/kl is
-            weighted by m, policy/kl is not.
+            weighted by m, policy/kl is not. With plans, loss/total has their term too, which is
+            plan/loss times its weight; the others named loss/ and policy/ stay those of the images.
 
         Raises:
             ValueError: scores of other shapes than the credit.
@@ -203,7 +209,51 @@ class Objective:
                 total = policy + self.beta * kl
                 metrics["loss/kl"] = kl.detach()
             metrics["policy/kl"] = _share(divergence, credit)
+        if credit.plan is not None:
+            term, found = self._plan_loss(scores, credit, credit.plan)
+            total = total + credit.plan.weight * term
+            metrics |= found
         return total, {"loss/total": total.detach(), "loss/policy": policy.detach(), **metrics}
+
+    def _plan_loss(
+        self, scores: TokenScores, credit: Credit, plan: PlanCredit
+    ) -> tuple[Tensor, TensorMetrics]:
+        """The plans' term by the same ratio and divergence, without weights of tokens, and its metrics."""
+        if scores.plan is None or scores.plan.logps.shape != plan.mask.shape:
+            found = None if scores.plan is None else tuple(scores.plan.logps.shape)
+            raise ValueError(
+                f"scores must hold those of the plans {tuple(plan.mask.shape)}, got {found}; score the tokens with "
+                "their plans, and cut all alike"
+            )
+        surrogate = self.ratio(
+            scores=scores.plan,
+            old_logps=plan.old_logps,
+            advantages=credit.advantages,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
+        divergence = None
+        if self.divergence is not None and plan.reference_logps is not None:
+            reference = TokenScores(plan.reference_logps, scores.plan.entropy)
+            divergence = self.divergence(scores=scores.plan, reference=reference)
+        loss = plan_loss(
+            surrogate.values,
+            divergence if self.beta != 0 else None,
+            plan.mask,
+            plan.divisors,
+            beta=self.beta,
+            num_groups=credit.num_groups,
+        )
+        metrics = plan_metrics(
+            entropy=scores.plan.entropy,
+            ratio=surrogate.ratio,
+            clipped=surrogate.clipped,
+            divergence=divergence,
+            mask=plan.mask,
+            total=plan.total,
+            num_samples=credit.num_groups * credit.group_size,
+        )
+        return loss, {"plan/loss": loss.detach(), **metrics}
 
     def _advantages(self, rollout: Rollout) -> Advantages:
         bonus = None
@@ -258,6 +308,9 @@ def _credit_metrics(rollout: Rollout, found: Advantages, credit: Credit) -> Tens
     metrics |= _part_metrics(rollout.scores, found.contributions)
     if rollout.reference is not None:
         metrics["reference/entropy"] = rollout.reference.entropy.mean()
+    if rollout.plans is not None and credit.plan is not None:
+        gap = credit.plan.mask * (rollout.plans.logps - credit.plan.old_logps).abs()
+        metrics["plan/sampling_gap"] = gap.sum() / credit.plan.total
     weights = {
         "weights/advantage_mean": credit.token_weights,
         "weights/kl_mean": credit.kl_weights,
@@ -288,6 +341,11 @@ def _check_rollout(rollout: Rollout, needs_reference: bool) -> None:
                 f"{name} must begin with the shape of the log-probabilities {tuple(shape[:length])}, "
                 f"got {tuple(tensor.shape)}; keep the group as an axis of its own"
             )
+    if rollout.plans is not None and (rollout.plan_weight is None or rollout.old.plan is None):
+        raise ValueError(
+            "a rollout with plans needs their weight and their old scores, got "
+            f"plan_weight={rollout.plan_weight} and old.plan={rollout.old.plan}; score the tokens with their plans"
+        )
     columns = scores.parts.shape[-1]
     if not columns == len(scores.names) == len(scores.weights):
         raise ValueError(

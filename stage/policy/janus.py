@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from stage.paths import model_folder
 from stage.policy.attention import check_attention, set_attention
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.lora import Lora, NoAdapter
+from stage.policy.plan_layout import append_plans, before_plans
 from stage.policy.template import Template
-from stage.types import PromptTokens, TokenScores, map_tensors
+from stage.types import Plans, PromptTokens, TokenScores, map_tensors
 
 # Pixels that go through the VQ decoder together. A CPU is fastest while the activations stay in its cache: 64
 # images of 96 pixels took half the time in chunks of 3 to 8 that they took at once. A GPU wants to be filled.
@@ -168,15 +170,22 @@ class JanusPolicy(nn.Module):
         self.gradient_checkpointing = True
 
     def tokenize(self, texts: Sequence[str]) -> PromptTokens:
-        """P prompts to left-padded tokens `[P, T]` on the model's device, ending in the image start token.
+        """P prompts to tokens `[P, T]` on the model's device, ending in the image start token, padded by the template.
+
+        Raises what `encode` raises.
+        """
+        rendered = [self.template.render(text, self.tokenizer.boi_token) for text in texts]
+        return self.template.padding.arrange(self.encode(rendered), self.pad_token_id)
+
+    def encode(self, rendered: Sequence[str]) -> PromptTokens:
+        """P texts that end in the image start token to left-padded tokens `[P, T]`.
 
         Unconditional rows keep bos and the image start token and hold padding elsewhere, under the same mask as
         the conditional row (transformers: JanusForConditionalGeneration.generate).
 
         Raises ValueError if the tokenizer does not keep the image start token whole and last.
         """
-        rendered = [self.template.render(text, self.tokenizer.boi_token) for text in texts]
-        batch = self.tokenizer(rendered, padding=True, padding_side="left", return_tensors="pt")
+        batch = self.tokenizer(list(rendered), padding=True, padding_side="left", return_tensors="pt")
         ids, mask = batch["input_ids"], batch["attention_mask"]
         start = self.tokenizer.boi_token_id
         if not bool((ids[:, -1] == start).all()):
@@ -187,10 +196,9 @@ class JanusPolicy(nn.Module):
         unconditional = ids.masked_fill((ids != self.bos_token_id) & (ids != start), self.pad_token_id)
         return PromptTokens(*(part.to(self.device) for part in (ids, unconditional, mask)))
 
-    @staticmethod
-    def position_ids(mask: Tensor) -> Tensor:
-        """Positions `[R, S]` of a left-padded mask `[R, S]`: 0 at the first real token, whatever the padding."""
-        return (mask.cumsum(1) - 1).clamp(min=0)
+    def position_ids(self, mask: Tensor) -> Tensor:
+        """Positions `[R, S]` of rows with a mask `[R, S]`, as the template's padding counts them."""
+        return self.template.padding.positions(mask)
 
     def prompt_rows(self, prompt: PromptTokens, guidance_scale: float) -> tuple[Tensor, Tensor]:
         """Embeddings `[R, T, D]` and mask `[R, T]` of the prompt rows.
@@ -205,7 +213,8 @@ class JanusPolicy(nn.Module):
         if guidance_scale == 1:
             ids, mask = prompt.ids, prompt.mask
         else:
-            ids, mask = torch.cat([prompt.ids, prompt.unconditional_ids]), prompt.mask.repeat(2, 1)
+            free = prompt.mask if prompt.unconditional_mask is None else prompt.unconditional_mask
+            ids, mask = torch.cat([prompt.ids, prompt.unconditional_ids]), torch.cat([prompt.mask, free])
         return self.model.get_input_embeddings()(ids), mask
 
     def head_features(self, hidden: Tensor, guidance_scale: float) -> Tensor:
@@ -233,12 +242,21 @@ class JanusPolicy(nn.Module):
         return self.model.model.generation_head.vision_head(self.head_features(hidden, guidance_scale))
 
     def score(
-        self, prompt: PromptTokens, tokens: Tensor, *, guidance_scale: float, temperature: float
+        self,
+        prompt: PromptTokens,
+        tokens: Tensor,
+        *,
+        guidance_scale: float,
+        temperature: float,
+        plans: Plans | None = None,
+        plan_temperature: float | None = None,
     ) -> TokenScores:
         """Teacher-forced scores of `tokens` `[P, G, L]`: logps `[P, G, L]` with gradient, entropy without.
 
         Both are of softmax(logits / temperature), where logits are conditional at `guidance_scale` 1 (no
-        unconditional row is computed) and guided above.
+        unconditional row is computed) and guided above. With `plans` of the same samples, `prompt` ends where they
+        begin, and their tokens are scored by the same forward: logits of the text head / `plan_temperature`, never
+        guided.
 
         Raises ValueError for a guidance scale below 1, a temperature that is not positive, or tokens of another
         number of prompts or image tokens.
@@ -253,20 +271,51 @@ class JanusPolicy(nn.Module):
                 f"tokens must be images of these {len(prompt.ids)} prompts; got {list(tokens.shape)}. "
                 "Slice prompts and tokens alike."
             )
-        text, mask = self.prompt_rows(prompt, guidance_scale)
-        image = self.model.prepare_embeddings_for_image_generation(tokens.flatten(0, 1)[:, :-1])
-        sides = text.shape[0] // prompts
-        inputs = torch.cat([text.repeat_interleave(group, 0), image.repeat(sides, 1, 1)], dim=1)
-        mask = F.pad(mask.repeat_interleave(group, 0), (0, length - 1), value=1)
-        hidden = self.language_model(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=self.position_ids(mask), use_cache=False
-        ).last_hidden_state[:, text.shape[1] - 1 :]
+        if plans is not None:
+            prompt = self.with_plans(prompt, plans)
+        hidden = self._hidden_states(prompt, tokens.flatten(0, 1), guidance_scale)
         last = self.model.model.generation_head.vision_head
-        features = self.head_features(hidden, guidance_scale)
+        features = self.head_features(hidden[:, -length:], guidance_scale)
         scores = linear_token_scores(features, last.weight, last.bias, tokens.flatten(0, 1), temperature)
+        if plans is not None:
+            scores = replace(scores, plan=self._score_plans(hidden, prompt, plans, plan_temperature))
         return map_tensors(scores, lambda part: part.unflatten(0, (prompts, group)))
 
     forward = score
+
+    def with_plans(self, prompt: PromptTokens, plans: Plans) -> PromptTokens:
+        """Rows `[P * G, T']` of prompt, plan and image start token: what stands before each image."""
+        return append_plans(prompt, plans, self.tokenizer.boi_token_id, self.pad_token_id)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the text vocabulary `[..., W]` of hidden states `[..., D]`."""
+        return self.model.lm_head(hidden)
+
+    def _hidden_states(self, prompt: PromptTokens, tokens: Tensor, guidance_scale: float) -> Tensor:
+        """Last hidden states `[R, T + L - 1, D]` of prompts followed by images `[N, L]` without their last token.
+
+        N is a multiple of the P prompts, the images of a prompt beside each other. R is N, or 2N above guidance 1,
+        conditional rows first.
+        """
+        text, mask = self.prompt_rows(prompt, guidance_scale)
+        image = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1])
+        group, sides = len(tokens) // len(prompt.ids), len(text) // len(prompt.ids)
+        inputs = torch.cat([text.repeat_interleave(group, 0), image.repeat(sides, 1, 1)], dim=1)
+        mask = F.pad(mask.repeat_interleave(group, 0), (0, tokens.shape[1] - 1), value=1)
+        return self.language_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=self.position_ids(mask), use_cache=False
+        ).last_hidden_state
+
+    def _score_plans(
+        self, hidden: Tensor, rows: PromptTokens, plans: Plans, temperature: float | None
+    ) -> TokenScores:
+        """Scores `[P * G, R]` of plans from the hidden states of `rows`, the conditional ones first."""
+        assert temperature is not None
+        mask, tokens = plans.mask.flatten(0, 1).bool(), plans.tokens.flatten(0, 1)
+        row, column = before_plans(mask, rows.ids.shape[1])
+        head = self.model.lm_head
+        found = linear_token_scores(hidden[row, column], head.weight, head.bias, tokens[mask], temperature)
+        return map_tensors(found, lambda part: part.new_zeros(mask.shape).masked_scatter(mask, part))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -24,12 +24,19 @@ class Sampler:
 
     guidance_scale: s in u + s (c - u) of conditional and unconditional logits; at 1 no unconditional row is run.
     temperature: divides the guided logits; 0 takes the most likely token, with log-probability 0.
+    reasoning: `text` lets the model write a plan before each image (`stage.policy.drawing`), None does not. The rest
+        is read with `text` alone: reasoning_weight of the plans' term in the loss, max_plan_tokens (R), and
+        plan_temperature, which divides the logits of the text head and is 0 for the most likely word.
 
-    Raises ValueError for a guidance scale below 1 or a negative temperature.
+    Raises ValueError for a guidance scale below 1, a negative temperature, or settings of reasoning out of range.
     """
 
     guidance_scale: float
     temperature: float
+    reasoning: str | None = None
+    reasoning_weight: float | None = None
+    max_plan_tokens: int | None = None
+    plan_temperature: float | None = None
     _graphs: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +50,22 @@ class Sampler:
                 f"temperature must not be negative; got {self.temperature}. "
                 "Set 1.0 for the model's own distribution, or 0 for the most likely token."
             )
+        if self.reasoning is not None:
+            self._check_reasoning()
+
+    def _check_reasoning(self) -> None:
+        if self.reasoning != "text":
+            raise ValueError(
+                f"sampler.reasoning must be text or null; got {self.reasoning!r}. Name one of them."
+            )
+        for name, least in (("reasoning_weight", 0), ("max_plan_tokens", 1), ("plan_temperature", 0)):
+            value = getattr(self, name)
+            kind = int if name == "max_plan_tokens" else int | float
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
+                number = "a whole number" if kind is int else "a number"
+                raise ValueError(
+                    f"sampler.{name} must be {number} of at least {least} with reasoning; got {value!r}. Set it."
+                )
 
     @torch.no_grad()
     def __call__(self, policy: JanusPolicy, prompt: PromptTokens, uniforms: Tensor) -> Samples:
@@ -137,23 +160,26 @@ def _check_finite(logps: Tensor) -> None:
         )
 
 
-def uniforms(seed: int, update: int, prompt_ids: Sequence[int], group: int, length: int) -> Tensor:
+def uniforms(
+    seed: int, update: int, prompt_ids: Sequence[int], group: int, length: int, domain: int = 0
+) -> Tensor:
     """Uniform numbers in [0, 1), float64 `[P, group, length]`, from a counter-based generator (Philox).
 
     Row (p, g) is a function of (seed, update, prompt_ids[p], g) alone, so a sample does not depend on the batch,
-    its order, or the rank that draws it. A prompt that is twice in a batch gets the same numbers twice.
+    its order, or the rank that draws it. A prompt that is twice in a batch gets the same numbers twice. Numbers of
+    another `domain`, which what is drawn with them has for itself, are independent of these.
 
     Raises ValueError for a seed, update or prompt id outside [0, 2**64).
     """
     rows = [
-        _uniform_row((seed, update, prompt, sample), length)
+        _uniform_row((seed, update, prompt, sample, *((domain,) if domain else ())), length)
         for prompt in prompt_ids
         for sample in range(group)
     ]
     return torch.from_numpy(np.stack(rows)).view(len(prompt_ids), group, length)
 
 
-def _uniform_row(key: tuple[int, int, int, int], length: int) -> np.ndarray:
+def _uniform_row(key: tuple[int, ...], length: int) -> np.ndarray:
     if not all(0 <= part < 2**64 for part in key):
         raise ValueError(
             f"seed, update, prompt id and sample must be in [0, 2**64); got {key}. Use a non-negative seed."

@@ -17,13 +17,14 @@ CHANGED = 8  # pairs shown of those that a training turned right, and of those i
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: `source` is a data URI, None when the file is gone."""
+    """One image: `source` is a data URI, None when the file is gone; `plan` what was written before it, if anything."""
 
     role: str
     source: str | None
     correct: bool
     score: float
     reason: str
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def _pair(place: Place, folder: Path, headline: str) -> Pair:
             correct=line["parts"][headline] >= 1,
             score=line["parts"][headline],
             reason=line["reason"],
+            plan=line.get("plan"),
         )
         for line in place
     )

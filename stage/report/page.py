@@ -84,6 +84,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         return facts
     results = run.evaluation.results
     sampler = results["settings"]["base"]["sampler"]
+    template = results["settings"]["base"].get("template") or {}
+    facts += [("template", str(template["name"]))] if "name" in template else []
+    facts += [("reasoning", str(sampler["reasoning"]))] if sampler.get("reasoning") else []
     facts += [
         ("guidance", str(sampler.get("guidance_scale", "?"))),
         ("temperature", str(sampler.get("temperature", "?"))),
@@ -101,12 +104,18 @@ def _training_rows(curves: Mapping[str, Curve]) -> list[tuple[str, str, str, str
     ]
 
 
-def _shown_grids(grids: Mapping[int, Path]) -> list[tuple[int, str]]:
-    """The first, the middle and the last picture that training drew, as (update, data URI)."""
+def _shown_grids(grids: Mapping[int, Path]) -> list[tuple[int, str, str | None]]:
+    """The first, the middle and the last picture that training drew, as (update, data URI, plans beside it)."""
     updates = sorted(grids)
     chosen = sorted({updates[0], updates[len(updates) // 2], updates[-1]}) if updates else []
-    found = [(update, data_uri(grids[update])) for update in chosen]
-    return [(update, source) for update, source in found if source is not None]
+    found = [(update, data_uri(grids[update]), _words(grids[update])) for update in chosen]
+    return [(update, source, plans) for update, source, plans in found if source is not None]
+
+
+def _words(picture: Path) -> str | None:
+    """The text file that training writes beside a picture with plans, None where there is none."""
+    file = picture.with_suffix(".txt")
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _provenance(results: Mapping[str, Any]) -> str:

@@ -235,8 +235,10 @@ def test_credit_is_stored_in_the_dtype_of_the_log_probabilities() -> None:
 def test_credit_carries_no_gradient() -> None:
     record = rollout(scores([[0.0, 1.0, 1.0]]))
     assert record.reference is not None
-    for tensor in (record.codes, *vars(record.old).values(), *vars(record.reference).values()):
-        tensor.requires_grad_()
+    for score in (record.old, record.reference):
+        score.logps.requires_grad_()
+        score.entropy.requires_grad_()
+    record.codes.requires_grad_()
     credit, _ = build("stage").credit(record)
     assert credit.reference is not None
     tensors = [*vars(credit).values(), *vars(credit.reference).values()]

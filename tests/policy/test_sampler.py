@@ -272,7 +272,7 @@ def seconds(run: Callable[[], object]) -> float:
 @pytest.mark.parametrize("name", ["plain", "guided"])
 def test_configs(root: Path, name: str) -> None:
     sampler = instantiate(OmegaConf.load(root / "conf" / "sampler" / f"{name}.yaml"))
-    assert sampler == Sampler({"plain": 1.0, "guided": 5.0}[name], 1.0)
+    assert sampler == Sampler({"plain": 1.0, "guided": 5.0}[name], 1.0, None, 1.0, 64, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def from_yaml(root: Path, name: str) -> Template:
 
 
 def test_plain_is_the_prompt_and_the_start_token(root: Path) -> None:
-    assert from_yaml(root, "plain") == PLAIN
+    assert from_yaml(root, "plain") == replace(PLAIN, instruction="{prompt} plan :")
     assert PLAIN.render("a red circle", "<begin_of_image>") == "a red circle<begin_of_image>"
 
 
@@ -28,9 +29,33 @@ def test_janus_pro_is_its_chat_template(root: Path) -> None:
     assert from_yaml(root, "janus_pro").render("  a red circle\n", "<begin_of_image>") == expected
 
 
+def test_release_is_what_its_conversation_makes(root: Path) -> None:
+    """Janus's DeepSeek conversation of the roles User and Assistant, an empty answer, and no system prompt."""
+    expected = "User: a red circle\n\nAssistant:<begin_of_image>"
+    for name in ("release", "release_padded"):
+        assert from_yaml(root, name).render(" a red circle ", "<begin_of_image>") == expected
+
+
+def test_an_instruction_stands_where_the_prompt_would(root: Path) -> None:
+    assert from_yaml(root, "plain").render_instruction(" a red circle\n") == "a red circle plan :"
+    asked = from_yaml(root, "janus_pro").render_instruction("a {red} circle")
+    assert asked.startswith("<|User|>: ") and asked.endswith("\n\n<|Assistant|>:")
+    assert "a {red} circle\n" in asked  # braces of a prompt are left alone
+    with pytest.raises(ValueError, match="template 'plain' has none"):
+        PLAIN.render_instruction("a red circle")
+
+
+@pytest.mark.parametrize("words", ["plan it", "{prompt} {style}", "{}", "{prompt", "plan {0}"])
+def test_an_instruction_needs_the_prompt_and_no_other_field(words: str) -> None:
+    with pytest.raises(ValueError, match="and no other field in braces"):
+        Template("a", "", "", words)
+    assert Template("a", "", "", "{prompt}{prompt} {{x}}").render_instruction("b") == "bb {x}"
+
+
 def test_a_prompt_without_text_raises() -> None:
-    with pytest.raises(ValueError, match="must contain text"):
-        PLAIN.render(" \n", "<begin_of_image>")
+    for render in (PLAIN.render, lambda text, _: Template("a", "", "", "{prompt}").render_instruction(text)):
+        with pytest.raises(ValueError, match="must contain text"):
+            render(" \n", "<begin_of_image>")
 
 
 def test_tokens_are_those_of_the_processor(root: Path, checkpoint: Path) -> None:

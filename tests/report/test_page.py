@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -149,6 +150,23 @@ def test_pictures_are_paired_by_prompt_and_sample(tmp_path: Path) -> None:
                 assert base64.b64decode(picture.source.partition(",")[2]) == file.read_bytes()
                 assert picture.correct == (picture.role == "tuned" and index % 2 == 0)
     assert (first.total, first.gained, first.lost) == (4, 2, 0)
+
+
+def test_a_plan_stands_under_its_image(tmp_path: Path) -> None:
+    """In the gallery from results.json, and below the pictures of training from the file beside them."""
+    folder = full_run(tmp_path / "run")
+    (folder / "images" / "update_00030.txt").write_text("a red ring, 1: one <ring> in the middle\n")
+    path = folder / "evaluation" / "best" / "results.json"
+    results = json.loads(path.read_text())
+    for line in results["images"]:
+        line["plan"] = f"{line['model']} plans {line['prompt']}"
+    results["settings"]["base"] |= {"template": {"name": "janus_pro"}}
+    results["settings"]["base"]["sampler"] |= {"reasoning": "text"}
+    path.write_text(json.dumps(results))
+    text = " ".join(page_of(folder).text.split())
+    assert "“base plans a red ring”" in text and "“tuned plans a red ring”" in text
+    assert "one <ring> in the middle" in text
+    assert "templatejanus_pro reasoningtext" in text  # name and value of two facts under the title
 
 
 def test_a_gallery_shows_the_first_prompts_and_a_spread_of_changes(tmp_path: Path) -> None:
