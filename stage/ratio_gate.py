@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from stage.policy.sampler import compute_dtype
-from stage.rollout import Distribution, score_tokens, scored_distribution, take
-from stage.types import Metrics, Rollout
+from stage.rollout import Distribution, score_tokens, scored_distribution
+from stage.types import Metrics, Rollout, map_tensors
 
 
 class RatioGate(Callback):
@@ -62,12 +62,16 @@ class RatioGate(Callback):
 
     def differences(self, module: Any, rollout: Rollout) -> Tensor:
         """Sampled minus replayed log-probabilities, `[P, G, L]` or of the samples that were replayed."""
-        sampled = Distribution(module.sampler.guidance_scale, module.sampler.temperature)
-        if scored_distribution(module.objective, module.sampler) == sampled:
+        # Plans are given here, so at which temperature they would be scored does not matter.
+        sampled = Distribution(module.sampler.guidance_scale, module.sampler.temperature, 1.0)
+        scored = scored_distribution(module.objective, module.sampler)
+        if (scored.guidance_scale, scored.temperature) == (sampled.guidance_scale, sampled.temperature):
             return rollout.sampled_logps - rollout.old.logps
         first, some = slice(0, 1), slice(0, self.samples)
+        prompt = map_tensors(rollout.prompt_tokens, lambda part: part[first])
+        plans = rollout.plans and map_tensors(rollout.plans, lambda part: part[first, some])
         tokens = rollout.tokens[first, some]
         whole = [slice(0, 1)], [slice(0, tokens.shape[1])]
         with torch.no_grad():
-            replayed = score_tokens(module.policy, take(rollout.prompt_tokens, first), tokens, whole, sampled)
+            replayed = score_tokens(module.policy, prompt, tokens, whole, sampled, plans)
         return rollout.sampled_logps[first, some] - replayed.logps
