@@ -153,9 +153,10 @@ def test_the_checker_of_indexes_sees(line: str) -> None:
     assert PACKAGE_INDEX.search(line)
 
 
-def test_every_pin_is_exact(root: Path) -> None:
+@pytest.mark.parametrize("name", ["constraints.txt", "environments/mmdet.txt"])
+def test_every_pin_is_exact(name: str, root: Path) -> None:
     pin = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.]*( ; [\w '<>=!.()]+)?")
-    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lines = (root / name).read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if not line.startswith("#") and not pin.fullmatch(line)]
 
 

@@ -65,3 +65,23 @@ def test_plain_make_explains_every_target(root: Path) -> None:
     phony = re.search(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert phony
     assert set(phony[1].split()) == set(re.findall(r"^  make ([a-z-]+)", shown, re.MULTILINE))
+
+
+def test_the_environment_of_mmdet_has_its_own_interpreter(root: Path) -> None:
+    built = run_make(root, "-n", "env-mmdet", "MMDET_PYTHON=/opt/python3.11")
+    assert built.strip() == "bash environments/mmdet.sh .venv-mmdet /opt/python3.11"
+
+
+def test_an_interpreter_that_mmdet_cannot_use_is_refused(root: Path, tmp_path: Path) -> None:
+    """An interpreter that says it is no Python 3.11 ends it before anything is made."""
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    other.chmod(0o755)
+    run = subprocess.run(
+        ["bash", "environments/mmdet.sh", str(tmp_path / "env"), str(other)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and "make env-mmdet MMDET_PYTHON=python3.11" in run.stderr
+    assert not (tmp_path / "env").exists()

@@ -52,7 +52,7 @@ def towers(name: str, file: Path) -> tuple[Any, Any, Any]:
 
 def naive(clip: tuple[str, Path], image: np.ndarray, name: str, thing: Detection) -> list[float]:
     """Ten cosines of one object, in float64 from the towers' features; the picture is painted pixel by pixel."""
-    model, transform, tokenizer = towers(*clip)
+    model, transform, _ = towers(*clip)
     painted = image.copy()
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -62,18 +62,30 @@ def naive(clip: tuple[str, Path], image: np.ndarray, name: str, thing: Detection
     cut = Image.fromarray(painted[y0:y1, x0:x1])
     with torch.no_grad():
         seen = model.encode_image(transform(cut)[None])[0].double()
-        seen = seen / seen.norm()
-        cosines = []
-        for color in TEN:
-            texts = [
-                f"a photo of a {color} {name}",
-                f"a photo of a {color}-colored {name}",
-                f"a photo of a {color} object",
-            ]
-            words = model.encode_text(tokenizer(texts)).double()
-            mean = torch.stack([row / row.norm() for row in words]).mean(0)
-            cosines.append(float(seen @ (mean / mean.norm())))
-    return cosines
+    return [float(seen / seen.norm() @ naive_direction(clip, name, color)) for color in TEN]
+
+
+def naive_direction(clip: tuple[str, Path], name: str, color: str) -> torch.Tensor:
+    """The unit vector of a colour, in float64: each text's features are normalised before their mean is."""
+    model, _, tokenizer = towers(*clip)
+    texts = [
+        f"a photo of a {color} {name}",
+        f"a photo of a {color}-colored {name}",
+        f"a photo of a {color} object",
+    ]
+    with torch.no_grad():
+        words = model.encode_text(tokenizer(texts)).double()
+    mean = torch.stack([row / row.norm() for row in words]).mean(0)
+    return mean / mean.norm()
+
+
+def test_directions_against_a_loop(clip: tuple[str, Path]) -> None:
+    found = classifier(clip)._direction("sports ball")
+    assert found.shape == (10, 24)
+    for row, color in zip(found, TEN, strict=True):
+        torch.testing.assert_close(
+            row.double(), naive_direction(clip, "sports ball", color), atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("masks", [False, True])
