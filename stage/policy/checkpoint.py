@@ -64,7 +64,6 @@ def read_checkpoint(
     words = folder if tokenizer is None else model_folder(tokenizer)
     read = read_tokenizer(words)
     processor = read_image_processor(words)
-    source.check()
     model = load_model(source, dtype)
     if source.layout == MULTI_MODALITY:
         model.generation_config = GenerationConfig(**generation_config(read))

@@ -121,9 +121,10 @@ class OriginalFolder(ModelFolder):
     layout = MULTI_MODALITY
 
     def read(self, name: str) -> Tensor:
-        """One tensor by transformers' name; a part of a fused one is a view."""
-        original = to_original(name)[0]
-        return split(original, self.weights.read(original))[name]
+        """One tensor by transformers' name, which shares no memory with the others that it is fused with."""
+        original, _, parts = to_original(name)
+        tensor = split(original, self.weights.read(original))[name]
+        return tensor.clone() if parts > 1 else tensor
 
     def load(self, dtype: torch.dtype) -> JanusForConditionalGeneration:
         """The model with these weights, on the CPU. Call `check` before."""
