@@ -23,7 +23,7 @@ class Brightness:
     """Mean of the pixels, plus `shift` for every image that is not the first of a call."""
 
     def __init__(self, sha256: str = "a", shift: float = 0.0) -> None:
-        self.provenance = {"sha256": {"w.pt": sha256}, "tower": {"sha256": {"t.pt": "b"}}}
+        self.provenance: dict[str, Any] = {"sha256": {"w.pt": sha256}, "tower": {"sha256": {"t.pt": "b"}}}
         self.shift = shift
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
