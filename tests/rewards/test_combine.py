@@ -47,6 +47,14 @@ def test_parts_lie_side_by_side() -> None:
     assert (scores.parts[1, 2] @ torch.tensor(scores.weights)).item() == pytest.approx(240 + 180.75)
 
 
+def test_scorers_without_weights_have_no_provenance() -> None:
+    weighted: Any = Fixed(0.0, ("score",), (1.0,))
+    weighted.provenance = {"sha256": {"w.pt": "abc"}}
+    inner = Combine({"a": ONE, "b": weighted}, {"a": 1.0, "b": 1.0})
+    assert inner.provenance == {"b": {"sha256": {"w.pt": "abc"}}}
+    assert Combine({"c": inner}, {"c": 1.0}).provenance == {"c": inner.provenance}
+
+
 def test_combinations_nest() -> None:
     inner = Combine({"a": ONE}, {"a": 2.0})
     scores = Combine({"b": inner}, {"b": 3.0})(IMAGES, PROMPTS)

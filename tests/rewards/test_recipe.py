@@ -35,6 +35,8 @@ def test_hps_git_and_gdino_add_up(root: Path, tmp_path: Path) -> None:
     combined.check(PROMPTS)
     with pytest.raises(ValueError, match=r"git: .*must list the nouns"):
         combined.check((Prompt(2, "rain"),))
+    assert combined.provenance["git"]["path"] == str(places["git"])
+    assert list(combined.provenance["hps"]["sha256"]) == ["HPS_v2.1_compressed.pt"]
     images = pictures(2, 2, 64, 64)
     scores = combined(images, PROMPTS)
     assert scores.names == ("hps/score", "git/score", "gdino/score") and scores.weights == (1.0, 1.0, 1.0)
