@@ -1,0 +1,46 @@
+"""CLIP score: how near an image and its prompt lie in OpenAI's CLIP ViT-L/14."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from stage.rewards import grid
+from stage.rewards.tower import OPENAI_VIT_L_14, shared_tower
+from stage.types import Prompt, Scores
+
+
+class ClipReward:
+    """Cosine between image and prompt, in [-1, 1]; generated images lie around 0.15 to 0.35.
+
+    Source: THUDM/ImageReward ImageReward/models/CLIPScore.py. CLIPScore of arXiv 2104.08718 is 2.5 times this,
+    with negative values cut off: set the weight to 2.5 for its scale.
+
+    Departures: 1. Weights are in `dtype` throughout and the cosine in float32.
+
+    Args:
+        path, revision: of the state dict in the layout of open_clip.
+        architecture: open_clip's name of the tower; OpenAI's weights need QuickGELU.
+        device, dtype, batch_size: see `stage.rewards.tower.Tower`.
+    """
+
+    def __init__(
+        self, path: str, revision: str | None, architecture: str, device: str, dtype: str, batch_size: int
+    ) -> None:
+        self.tower = shared_tower(path, revision, OPENAI_VIT_L_14, architecture, device, dtype, batch_size)
+        self.provenance = self.tower.provenance
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
+        grid.check_texts(prompts)
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.
+
+        Raises:
+            ValueError: the images or prompts cannot be scored.
+        """
+        found = self.tower.cosine(images, prompts).flatten()
+        reasons = [f"CLIP cosine {value:.4f}" for value in found.tolist()]
+        return grid.fold(found, images, prompts, reasons, (-1.0, 1.0), "clip")
