@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -70,14 +71,14 @@ class About(Message):
 
 
 class ScoreAnswer(Message):
-    """`stage.types.Scores` as lists, with the scorer that gave them."""
+    """`stage.types.Scores` as lists, with the scorer that gave them. A range whose end is null has none there."""
 
     scorer: str
     names: list[str]
     weights: list[Finite]
     parts: list[list[list[Finite]]]
     reasons: list[list[str]]
-    ranges: list[tuple[Finite, Finite]] | None
+    ranges: list[tuple[Finite | None, Finite | None]] | None
 
 
 def to_prompts(prompts: Sequence[WirePrompt]) -> tuple[Prompt, ...]:
@@ -133,7 +134,12 @@ def decode_images(rows: Sequence[Sequence[str]], prompts: int) -> Tensor:
 
 
 def to_answer(scores: Scores, scorer: str) -> ScoreAnswer:
-    """Scores for the wire. Raises ValueError (of pydantic) for parts that are not finite."""
+    """Scores for the wire. Raises ValueError for parts that are not finite (pydantic's), gates and schedules."""
+    if scores.gates is not None or scores.schedules is not None:
+        raise ValueError(
+            "gates and schedules belong to a run and are not served; serve the scorers without them and combine them "
+            "where training runs"
+        )
     return ScoreAnswer(
         version=VERSION,
         scorer=scorer,
@@ -141,8 +147,12 @@ def to_answer(scores: Scores, scorer: str) -> ScoreAnswer:
         weights=list(scores.weights),
         parts=scores.parts.tolist(),
         reasons=[list(row) for row in scores.reasons],
-        ranges=None if scores.ranges is None else list(scores.ranges),
+        ranges=None if scores.ranges is None else [(_end(low), _end(high)) for low, high in scores.ranges],
     )
+
+
+def _end(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def from_answer(answer: ScoreAnswer, prompts: int, group: int) -> Scores:
@@ -156,8 +166,12 @@ def from_answer(answer: ScoreAnswer, prompts: int, group: int) -> Scores:
             f"{len(answer.parts)} rows of (samples, parts) {sorted(lengths)}"
         )
     parts = torch.tensor(answer.parts, dtype=torch.float32)
-    ranges = None if answer.ranges is None else tuple(answer.ranges)
-    if ranges is not None:
+    ranges = None
+    if answer.ranges is not None:
+        ranges = tuple(
+            (-math.inf if low is None else low, math.inf if high is None else high)
+            for low, high in answer.ranges
+        )
         _check_ranges(parts, answer.names, ranges)
     reasons = tuple(tuple(row) for row in answer.reasons)
     return Scores(parts, tuple(answer.names), tuple(answer.weights), reasons, ranges)
@@ -169,7 +183,7 @@ def _check_ranges(parts: Tensor, names: Sequence[str], ranges: Sequence[tuple[fl
     for index, (name, (low, high)) in enumerate(zip(names, ranges, strict=True)):
         column = parts[..., index]
         # The bounds themselves may be rounded on their way through float32.
-        slack = 1e-6 * max(1.0, abs(low), abs(high))
+        slack = 1e-6 * max([1.0, *(abs(end) for end in (low, high) if math.isfinite(end))])
         if column.min() < low - slack or column.max() > high + slack:
             raise ValueError(
                 f"the part {name!r} must lie in [{low}, {high}]; got {column.min().item()} to {column.max().item()}"

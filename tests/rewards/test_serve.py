@@ -71,7 +71,10 @@ def test_a_served_reward_scores_as_the_same_reward_here(tmp_path: Path) -> None:
         assert found.reasons == expected.reasons
     finally:
         server.terminate()
-        assert server.wait(timeout=30) in (0, -signal.SIGTERM)  # answers what is under way, then ends as it was told
+        assert server.wait(timeout=30) in (
+            0,
+            -signal.SIGTERM,
+        )  # answers what is under way, then ends as it was told
 
 
 def until_it_listens(config: Any) -> Any:
