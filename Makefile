@@ -20,7 +20,7 @@ CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --python $(PY),$(PY) -m pip install) --constraint constraints.txt
-EXTRAS := geneval ocr lora launchers dev
+EXTRAS := geneval ocr lora serve launchers dev
 
 .DEFAULT_GOAL := help
 .PHONY: help install train evaluate test test-all lint format constraints clean
@@ -79,5 +79,5 @@ $(CORE): pyproject.toml constraints.txt | $(PY)
 
 $(DEV): pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): about 6 GB, most of it PyTorch; minutes the first time"
-	$(INSTALL) --editable '.[dev,geneval,lora,ocr]'
+	$(INSTALL) --editable '.[dev,geneval,lora,ocr,serve]'
 	@touch $(CORE) $@

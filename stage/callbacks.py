@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stage.data import read_prompts
 from stage.loggers import log_image
+from stage.objective.advantage import task_rewards
 from stage.rollout import draw
 from stage.training_checkpoint import atomic_write
 from stage.types import Metrics, Prompt
@@ -72,9 +73,9 @@ def draw_images(trainer: Trainer, module: Any, prompts: Sequence[Prompt], sample
 class Validation(Callback):
     """Scores the same prompts with the same noise every few updates, the base weights included.
 
-    Adds validation/reward (weighted sum of the reward parts), validation/strict and validation/strict/TAG,
-    means over images, to the row of the update. Without a reward part named `strict` there is only
-    validation/reward.
+    Adds validation/reward (weighted sum of the reward parts, with the weights before any schedule),
+    validation/strict and validation/strict/TAG, means over images, to the row of the update. Without a reward part
+    named `strict` there is only validation/reward.
 
     Args:
         prompts: prompt file.
@@ -110,8 +111,7 @@ class Validation(Callback):
         values: dict[str, list[float]] = defaultdict(list)
         for prompts in batches(self.prompts, self.prompts_per_batch):
             scores = module.scorer(draw_images(trainer, module, prompts, self.samples, self.seed), prompts)
-            rewards = (scores.parts.double() * scores.parts.new_tensor(scores.weights).double()).sum(-1)
-            values["validation/reward"] += rewards.flatten().tolist()
+            values["validation/reward"] += task_rewards(scores).flatten().tolist()
             strict = [i for i, name in enumerate(scores.names) if name.split("/")[-1] == STRICT][:1]
             for prompt, parts in zip(prompts, scores.parts[..., strict].flatten(1), strict=True):
                 values["validation/strict"] += parts.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ def collect(
         tokens=samples.tokens,
         codes=codes,
         images=images,
-        scores=replace(scores, parts=scores.parts.to(samples.tokens.device)),
+        scores=map_tensors(scores.at(update), lambda tensor: tensor.to(samples.tokens.device)),
         old=map_tensors(live, Tensor.detach),
         reference=reference_scores,
         sampled_logps=samples.logps,

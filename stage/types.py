@@ -15,8 +15,9 @@ Entropy and KL are in nats, images are uint8 HWC RGB, times are seconds, sizes b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -77,6 +78,9 @@ class Scores:
     `parts` float32 `[P, G, R]`; `names` and `weights` have length R. A part of weight 0 is logged and never optimised.
     `reasons[p][g]` says in words why an image got what it got. `ranges` are the lowest and highest value of each part,
     of length R, where the scorer states them; a value outside is an error, and None states nothing.
+
+    `gates` bool `[P, G, R]`: a part counts as 0 where its gate is closed, and None is all open. `schedules` are, for
+    each part, the factors of its weight as functions of the update (rollouts done); None is 1 throughout.
     """
 
     parts: Tensor
@@ -84,6 +88,16 @@ class Scores:
     weights: tuple[float, ...]
     reasons: tuple[tuple[str, ...], ...]
     ranges: tuple[tuple[float, float], ...] | None = None
+    gates: Tensor | None = None
+    schedules: tuple[tuple[Callable[[int], float], ...], ...] | None = None
+
+    def at(self, update: int) -> Scores:
+        """The same scores with the weights of `update`."""
+        if self.schedules is None:
+            return self
+        factors = [math.prod(factor(update) for factor in schedule) for schedule in self.schedules]
+        weights = tuple(weight * factor for weight, factor in zip(self.weights, factors, strict=True))
+        return replace(self, weights=weights, schedules=None)
 
 
 @dataclass(frozen=True)

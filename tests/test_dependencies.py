@@ -15,6 +15,7 @@ DISTRIBUTION = {
     "hydra": "hydra-core",
     "markupsafe": "jinja2",  # the strings of jinja2's templates
     "open_clip": "open-clip-torch",
+    "hypothesis": "schemathesis",  # which is a set of strategies for it, and requires it
     "yaml": "omegaconf",  # omegaconf reads its files with PyYAML and requires it
 }
 
@@ -75,16 +76,16 @@ def test_what_is_declared_is_imported(root: Path) -> None:
     assert not core - used, "no line imports these: drop them from pyproject.toml"
 
 
-def test_tests_need_core_and_dev_alone(root: Path) -> None:
+def test_tests_need_what_make_test_installs_alone(root: Path) -> None:
     core, extras = declared(root)
     assert extras["dev"] >= TOOLS
+    line = re.search(r"--editable '\.\[(dev[a-z,]*)\]'", (root / "Makefile").read_text(encoding="utf-8"))
+    assert line is not None
+    installed = core.union(*(extras[name] for name in line[1].split(",")))
     trees = {
         path.name: ast.parse(path.read_text(encoding="utf-8")) for path in (root / "tests").rglob("*.py")
     }
-    needed = {
-        name: sorted(outside(tree, into_functions=False) - core - extras["dev"])
-        for name, tree in trees.items()
-    }
+    needed = {name: sorted(outside(tree, into_functions=False) - installed) for name, tree in trees.items()}
     assert not {name: found for name, found in needed.items() if found}
 
 

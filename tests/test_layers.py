@@ -22,21 +22,22 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers",),
-    ("stage.module", "stage.callbacks", "stage.checkpoints", "stage.speed", "stage.launch"),
-    ("train", "evaluate", "stage.sample"),
+    ("stage.module", "stage.callbacks", "stage.alarms", "stage.checkpoints", "stage.speed", "stage.launch"),
+    ("train", "evaluate", "stage.sample", "stage.prompts", "stage.rewards.serve", "stage.rewards.selfcheck"),
 )
 
 # Folders whose files build on one another, lowest step first; `*` is every file not named. Files of one step
 # are siblings. In objective and rewards one composing file stands on files that do not know each other.
 INSIDE: dict[str, tuple[str, ...]] = {
-    "stage.objective": ("*", "objective"),
+    "stage.objective": ("*", "parts", "objective"),
     "stage.detectors": ("*", "paddle_models"),
     "stage.policy": ("template checkpoint", "janus", "sampler"),
     "stage.rewards": (
-        "batches grid mentions pixels weights",
+        "batcher batches grid mentions pixels weights wire",
         "grounding tower",
         "*",
-        "combine remote selfcheck",
+        "combine remote service",
+        "selfcheck serve",
     ),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
@@ -81,7 +82,13 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[int
 
 
 def row(name: str) -> int | None:
-    """Index of the row of a module or of a folder in LAYERS, None where no row names it."""
+    """Index of the row of a module or of a folder in LAYERS, None where no row names it.
+
+    A module's own name beats the pattern of its folder: a program may lie in the room it is about.
+    """
+    for index, patterns in enumerate(LAYERS):
+        if name in patterns:
+            return index
     for index, patterns in enumerate(LAYERS):
         if any(fnmatchcase(name, pattern) or f"{name}.*" == pattern for pattern in patterns):
             return index

@@ -29,18 +29,31 @@ class Advantages:
 
     `values` float64 `[P, G]`. `bonus` `[P, G]` is the entropy reward that went in, None when none acted.
     `kept` bool `[P]` is False where neither a reward column nor an entropy reward was left to learn from; all
-    True for a slot that drops no columns.
+    True for a slot that drops no columns. `contributions` `[P, G, R]` are the parts as they were added up, None for
+    `weighted_parts`.
     """
 
     values: Tensor
     bonus: Tensor | None
     kept: Tensor
+    contributions: Tensor | None = None
+
+
+def gated_parts(scores: Scores) -> Tensor:
+    """`[P, G, R]` float64: the parts as they are, 0 where their gate is closed."""
+    parts = scores.parts.double()
+    return parts if scores.gates is None else parts.masked_fill(~scores.gates, 0.0)
+
+
+def weighted_parts(scores: Scores) -> Tensor:
+    """`[P, G, R]` float64: `gated_parts` times their weights, in the unit of the reward."""
+    parts = gated_parts(scores)
+    return parts * parts.new_tensor(scores.weights)
 
 
 def task_rewards(scores: Scores) -> Tensor:
-    """`[P, G]` float64: the weighted sum of the parts, in the unit of the reward."""
-    parts = scores.parts.double()
-    return (parts * parts.new_tensor(scores.weights)).sum(dim=-1)
+    """`[P, G]` float64: the sum of the weighted parts, in the unit of the reward."""
+    return weighted_parts(scores).sum(dim=-1)
 
 
 def tolerance(rewards: Tensor) -> Tensor:
@@ -91,6 +104,15 @@ def group_advantages(rewards: Tensor, bonus: Tensor | None, *, tied_groups: str,
     return torch.where(tied(rewards)[:, None], noise, informed)
 
 
+def check_tied_groups(switches: Mapping[str, Any]) -> None:
+    """Raises ValueError when `tied_groups` is no policy for equal rewards."""
+    if switches["tied_groups"] not in TIED_GROUPS:
+        raise ValueError(
+            f"tied_groups must be one of {', '.join(TIED_GROUPS)}, got {switches['tied_groups']!r}; "
+            "`raw` keeps the plain entropy reward in groups whose rewards are all equal"
+        )
+
+
 class GroupAdvantage:
     """GRPO's advantage (DeepSeekMath, arXiv 2402.03300, eq. 4 ff.) with a named answer to ties.
 
@@ -103,11 +125,7 @@ class GroupAdvantage:
 
     def check(self, switches: Mapping[str, Any]) -> None:
         """Raises ValueError when `tied_groups` is no policy this slot knows."""
-        if switches["tied_groups"] not in TIED_GROUPS:
-            raise ValueError(
-                f"tied_groups must be one of {', '.join(TIED_GROUPS)}, got {switches['tied_groups']!r}; "
-                "`raw` keeps the plain entropy reward in groups whose rewards are all equal"
-            )
+        check_tied_groups(switches)
 
     def __call__(self, *, scores: Scores, bonus: Bonus | None, tied_groups: str) -> Advantages:
         """`Advantages` of `scores.parts` `[P, G, R]`. Raises ValueError for groups of one sample."""
@@ -172,7 +190,7 @@ class ReleasedAdvantage:
     def _columns(self, scores: Scores) -> tuple[Tensor, bool]:
         """Weighted reward columns float64 `[1, G, R']` that count, and whether the filtering recipe is on."""
         used = [index for index, weight in enumerate(scores.weights) if weight != 0]
-        parts = scores.parts.double()
+        parts = gated_parts(scores)
         columns = parts[..., used] * parts.new_tensor([scores.weights[index] for index in used])
         filters = any(self.filtered & set(scores.names[index].split("/")) for index in used)
         if filters:

@@ -41,7 +41,7 @@ from stage.objective.metrics import TensorMetrics, merge_metrics, to_floats
 from stage.objective.similarity import TokenWeights
 from stage.objective.slots import check_slots, check_switches
 from stage.objective.surrogate import Surrogate
-from stage.types import Metrics, Rollout, TokenScores, map_tensors
+from stage.types import Metrics, Rollout, Scores, TokenScores, map_tensors
 
 __all__ = ["Objective", "merge_metrics"]
 
@@ -126,7 +126,9 @@ class Objective:
             Credit, and means over the rollout. Across ranks average them, but take the largest where
             `metrics.is_maximum(name)`. reward/mean and reward/std (of a group, ddof 1, mean over groups) are
             of the task reward; reward/informative_groups and reward/entropy_active_groups are shares of the
-            groups; reward/PART is the mean of each part; advantage/max is the largest |A|;
+            groups; reward/PART is the mean of each part as it was scored; with several parts, contribution/PART and
+            contribution_std/PART are the mean of what was added up of it (weight, gate and normalisation included)
+            and its std in a group, mean over groups; advantage/max is the largest |A|;
             policy/sampling_gap is the mean |log-probability when sampled - when scored|, nats.
 
         Raises:
@@ -253,8 +255,7 @@ def _credit_metrics(rollout: Rollout, found: Advantages, credit: Credit) -> Tens
         "advantage/max": found.values.abs().amax(),
         "policy/sampling_gap": (rollout.sampled_logps - rollout.old.logps).abs().mean(),
     }
-    for index, name in enumerate(rollout.scores.names):
-        metrics[f"reward/{name}"] = rollout.scores.parts[..., index].double().mean()
+    metrics |= _part_metrics(rollout.scores, found.contributions)
     if rollout.reference is not None:
         metrics["reference/entropy"] = rollout.reference.entropy.mean()
     weights = {
@@ -263,6 +264,17 @@ def _credit_metrics(rollout: Rollout, found: Advantages, credit: Credit) -> Tens
         "weights/similarity_mean": credit.similarity,
     }
     return metrics | {name: tensor.mean() for name, tensor in weights.items() if tensor is not None}
+
+
+def _part_metrics(scores: Scores, contributions: Tensor | None) -> TensorMetrics:
+    """Each part as the scorer gave it and, where there are several, what was added up of it."""
+    metrics = {f"reward/{name}": scores.parts[..., i].double().mean() for i, name in enumerate(scores.names)}
+    if len(scores.names) > 1:
+        added = advantages_of.weighted_parts(scores) if contributions is None else contributions
+        for i, name in enumerate(scores.names):
+            metrics[f"contribution/{name}"] = added[..., i].mean()
+            metrics[f"contribution_std/{name}"] = added[..., i].std(dim=-1).mean()
+    return metrics
 
 
 def _check_rollout(rollout: Rollout, needs_reference: bool) -> None:

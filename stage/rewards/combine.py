@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stage.score_checks import UnusableScores, check_values
 from stage.types import ChecksPrompts, Prompt, Scorer, Scores
+
+
+class Gate(Protocol):
+    """Says in which images something counts, by the values `[P, G]` of the part that it names."""
+
+    @property
+    def part(self) -> str: ...
+
+    def __call__(self, values: Tensor) -> Tensor: ...
+
 
 ANY = (-math.inf, math.inf)  # the range of a part whose scorer states none
 
@@ -24,9 +34,19 @@ class Combine:
     Args:
         scorers: name to scorer, in the order of the parts.
         weights: name to weight, for exactly these names. A weight of 0 logs the scorer only.
+        gates: name to the condition, on a part of the combination, under which that scorer counts in an image; see
+            `stage.rewards.terms.Above`. Scorers without one always count.
+        schedules: name to the factor of its weight as a function of the update; see `stage.rewards.terms`. Scorers
+            without one keep their weight.
     """
 
-    def __init__(self, scorers: Mapping[str, Scorer], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        scorers: Mapping[str, Scorer],
+        weights: Mapping[str, float],
+        gates: Mapping[str, Gate] | None = None,
+        schedules: Mapping[str, Callable[[int], float]] | None = None,
+    ) -> None:
         if not scorers:
             raise ValueError("a combined reward needs at least one scorer, got none; name one under scorers")
         if set(scorers) != set(weights):
@@ -44,6 +64,13 @@ class Combine:
                 )
             if not math.isfinite(weights[name]):
                 raise ValueError(f"weights are finite numbers, got {weights[name]!r} for {name!r}; use one")
+        for kind, terms in (("gates", gates or {}), ("schedules", schedules or {})):
+            if set(terms) - set(scorers):
+                raise ValueError(
+                    f"{kind} belong to scorers of the combination, got {sorted(set(terms) - set(scorers))}, scorers "
+                    f"are {', '.join(scorers)}; choose of these"
+                )
+        self.gates, self.schedules = dict(gates or {}), dict(schedules or {})
         self.scorers = dict(scorers)
         self.weights = {name: float(weights[name]) for name in scorers}
 
@@ -69,9 +96,11 @@ class Combine:
             ValueError: a scorer failed or did not give finite parts for every image; it says which one.
         """
         found = {name: self._score(name, images, prompts) for name in self.scorers}
+        names = tuple(f"{name}/{part}" for name, scores in found.items() for part in scores.names)
+        parts = torch.cat([s.parts.to(images.device, torch.float32) for s in found.values()], dim=-1)
         return Scores(
-            parts=torch.cat([s.parts.to(images.device, torch.float32) for s in found.values()], dim=-1),
-            names=tuple(f"{name}/{part}" for name, scores in found.items() for part in scores.names),
+            parts=parts,
+            names=names,
             weights=tuple(self.weights[name] * weight for name, s in found.items() for weight in s.weights),
             reasons=tuple(
                 tuple(
@@ -81,6 +110,38 @@ class Combine:
                 for p in range(images.shape[0])
             ),
             ranges=tuple(limits for s in found.values() for limits in s.ranges or (ANY,) * len(s.names)),
+            gates=self._gates(found, parts, names),
+            schedules=self._schedules(found),
+        )
+
+    def _gates(self, found: Mapping[str, Scores], parts: Tensor, names: Sequence[str]) -> Tensor | None:
+        """Where each part counts, bool `[P, G, R]`: where its scorer's gate and those inside of it are open."""
+        if not self.gates and all(scores.gates is None for scores in found.values()):
+            return None
+        columns = []
+        for name, scores in found.items():
+            inner = torch.ones_like(scores.parts, dtype=torch.bool) if scores.gates is None else scores.gates
+            columns.append(inner.to(parts.device))
+            if name in self.gates:
+                gate = self.gates[name]
+                if gate.part not in names:
+                    raise ValueError(
+                        f"the gate of {name!r} looks at a part of the combination, got {gate.part!r}, parts are "
+                        f"{', '.join(names)}; choose of these"
+                    )
+                columns[-1] = columns[-1] & gate(parts[..., names.index(gate.part)])[..., None]
+        return torch.cat(columns, dim=-1)
+
+    def _schedules(
+        self, found: Mapping[str, Scores]
+    ) -> tuple[tuple[Callable[[int], float], ...], ...] | None:
+        """For each part the factors of its weight: its scorer's and those inside of it."""
+        if not self.schedules and all(scores.schedules is None for scores in found.values()):
+            return None
+        return tuple(
+            (*((self.schedules[name],) if name in self.schedules else ()), *inner)
+            for name, scores in found.items()
+            for inner in scores.schedules or ((),) * len(scores.names)
         )
 
     def _score(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -126,10 +126,10 @@ def test_prompts_are_checked_by_every_scorer_that_can() -> None:
 
 
 def test_ranges_lie_side_by_side_and_are_held() -> None:
-    ranged = changed(parts=torch.full((2, 3, 2), 0.5), ranges=((0.0, 1.0), (0.0, 2.0)))
+    ranged: Any = changed(parts=torch.full((2, 3, 2), 0.5), ranges=((0.0, 1.0), (0.0, 2.0)))
     scores = Combine({"a": ranged, "b": TWO}, {"a": 1.0, "b": 1.0})(IMAGES, PROMPTS)
     assert scores.ranges == ((0.0, 1.0), (0.0, 2.0), (-math.inf, math.inf))
-    wrong = changed(parts=torch.full((2, 3, 2), 1.5), ranges=((0.0, 1.0), (0.0, 2.0)))
+    wrong: Any = changed(parts=torch.full((2, 3, 2), 1.5), ranges=((0.0, 1.0), (0.0, 2.0)))
     nested = Combine({"outer": Combine({"inner": wrong}, {"inner": 1.0})}, {"outer": 1.0})
     with pytest.raises(UnusableScores, match=r"'inner' gave: sample 0 of 'one' got 1.5") as caught:
         nested(IMAGES, PROMPTS)

@@ -1,0 +1,158 @@
+"""The generator of training prompts: GenEval's words and schema, nothing that is evaluated, the shares that are set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stage.prompt_files import read_prompts
+from stage.prompts import (
+    CLASSES,
+    COLORS,
+    TASKS,
+    article,
+    meaning,
+    plural,
+    prompt_line,
+    training_list,
+    wording,
+)
+from stage.request import parse_request
+
+SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
+
+
+def key(text: str, *include: dict[str, Any], **more: Any) -> Any:
+    return meaning(parse_request({"tag": "x", "prompt": text, "include": list(include), **more}))
+
+
+DOG, CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
+
+
+def test_words_by_hand() -> None:
+    assert article("apple") == "an apple" and article("orange dog") == "an orange dog"
+    assert article("umbrella") == "an umbrella" and article("hair drier") == "a hair drier"
+    assert plural("dog") == "dogs" and plural("bus") == "buses" and plural("bench") == "benchs"
+    counting = [{"class": "wine glass", "count": 3}]
+    assert wording("counting", counting) == "a photo of three wine glasses"
+    position = [CAT, {**DOG, "position": ["left of", 0]}]
+    assert wording("position", position) == "a photo of a dog left of a cat"
+    attributes = [{**DOG, "color": "orange"}, {**CAT, "color": "blue"}]
+    assert wording("color_attr", attributes) == "a photo of an orange dog and a blue cat"
+
+
+@pytest.mark.parametrize("tag", TASKS)
+def test_every_prompt_of_a_task_is_another_one_that_can_be_scored(tag: str) -> None:
+    count = TASKS[tag][0]
+    indices = range(count) if count < 10_000 else range(0, count, 97)
+    lines = [prompt_line(tag, index) for index in indices]
+    assert len({line["prompt"] for line in lines}) == len(lines)
+    for line in lines[:: max(1, len(lines) // 500)]:
+        request = parse_request(line)
+        assert request.tag == tag and all(clause.name in CLASSES for clause in request.include)
+        assert all(clause.color in (None, *COLORS) for clause in request.include)
+        assert not any(clause.name == "person" and clause.color for clause in request.include)
+
+
+def test_sizes_of_the_tasks() -> None:
+    assert len(CLASSES) == len(set(CLASSES)) == 80
+    assert {tag: count for tag, (count, _) in TASKS.items()} == {
+        "single_object": 80, "two_object": 80 * 79, "counting": 80 * 3, "colors": 79 * 10,
+        "position": 80 * 79 * 4, "color_attr": 79 * 78 * 10 * 9,
+    }  # fmt: skip
+
+
+def test_one_picture_has_one_meaning() -> None:
+    assert key("dog and cat", DOG, CAT) == key("cat and dog", CAT, DOG)
+    left = key("dog left of cat", CAT, {**DOG, "position": ["left of", 0]})
+    right = key("cat right of dog", DOG, {**CAT, "position": ["right of", 0]})
+    assert left == right != key("dog and cat", DOG, CAT)
+    assert left != key("cat left of dog", DOG, {**CAT, "position": ["left of", 0]})
+    assert key("above", CAT, {**DOG, "position": ["above", 0]}) != left
+    red, blue = {"color": "red"}, {"color": "blue"}
+    assert key("", {**DOG, **red}, {**CAT, **blue}) == key("", {**CAT, **blue}, {**DOG, **red})
+    assert key("", {**DOG, **red}, {**CAT, **blue}) != key("", {**DOG, **blue}, {**CAT, **red})
+    assert key("", {**DOG, "count": 2}) != key("", {**DOG, "count": 3})
+
+
+def test_shares_and_what_is_left_out() -> None:
+    evaluated = [
+        prompt_line(tag, index) for tag in TASKS for index in range(0, 240, 3) if index < TASKS[tag][0]
+    ]
+    excluded = {meaning(parse_request(line)) for line in evaluated}
+    lines, short = training_list(340, SHARES, 3, excluded)
+    counts = Counter(line["tag"] for line in lines)
+    # 340 = 20 * 17; a third of the 240 counting prompts is left out, 160 remain for 100
+    assert counts == {"position": 140, "counting": 100, "color_attr": 60, "colors": 20, "two_object": 20}
+    assert not short and len({line["prompt"] for line in lines}) == 340
+    assert not excluded & {meaning(parse_request(line)) for line in lines}
+
+
+def test_a_task_without_enough_prompts_gives_what_it_has() -> None:
+    lines, short = training_list(2000, {"counting": 1, "two_object": 1}, 0, set())
+    assert Counter(line["tag"] for line in lines) == {"counting": 240, "two_object": 1000}
+    assert short == {"counting": 760}
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = (training_list(170, SHARES, seed, set())[0] for seed in (1, 1, 2))
+    assert first == again != other
+    longer = [line for line in training_list(340, SHARES, 1, set())[0] if line["tag"] == "position"]
+    assert [line for line in first if line["tag"] == "position"] == longer[:70]
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "seed", "words"),
+    [
+        (10, {"writing": 1}, 0, "writing"),
+        (10, {"counting": -1, "colors": 2}, 0, "at least 0"),
+        (10, {"counting": 0}, 0, "one above 0"),
+        (0, SHARES, 0, "count is at least 1"),
+        (10, SHARES, -1, "got 10 and -1"),
+    ],
+)
+def test_what_is_refused(count: int, shares: dict[str, float], seed: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        training_list(count, shares, seed, set())
+
+
+def test_the_wording_is_that_of_the_evaluation(shared: Path) -> None:
+    """All 553 prompts can be drawn, in their words."""
+    file = shared / "data" / "geneval_evaluation_metadata.jsonl"
+    if not file.is_file():
+        pytest.skip(f"no GenEval metadata at {file}")
+    prompts = read_prompts(file)
+    for prompt in prompts:
+        assert wording(prompt.metadata["tag"], prompt.metadata["include"]) == prompt.text
+    for tag in ("single_object", "two_object", "counting", "colors", "position"):
+        mine = {json.dumps(prompt_line(tag, index), sort_keys=True) for index in range(TASKS[tag][0])}
+        theirs = {json.dumps(dict(p.metadata), sort_keys=True) for p in prompts if p.metadata["tag"] == tag}
+        assert theirs <= mine
+
+
+def test_the_program_writes_a_list_that_loads(tmp_path: Path, root: Path) -> None:
+    evaluated = tmp_path / "evaluated.jsonl"
+    evaluated.write_text("".join(json.dumps(prompt_line("counting", i)) + "\n" for i in range(200)))
+    command = [
+        sys.executable,
+        "-m",
+        "stage.prompts",
+        f"exclude=[{evaluated}]",
+        "output=new/train.jsonl",
+        "count=340",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "counting has 60 prompts less than its share: all there are outside of the excluded lists",
+        "280 prompts in new/train.jsonl; 200 pictures excluded",
+    ]
+    assert len(read_prompts(tmp_path / "new" / "train.jsonl")) == 280
