@@ -101,7 +101,7 @@ def parent_of(group: str) -> list[str]:
     picking = [
         file.stem
         for file in sorted((CONF / outer).glob("*.yaml"))
-        if any(inner in entry for entry in OmegaConf.load(file).get("defaults", []))
+        if any(inner in entry for entry in dict(OmegaConf.load(file)).get("defaults", []))
     ]
     return [f"{outer}={picking[0]}"] if picking else []
 

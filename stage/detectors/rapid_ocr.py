@@ -79,4 +79,5 @@ class RapidReader:
     def read(self, images: np.ndarray) -> list[tuple[str, ...]]:
         """Lines from top to bottom, and from left to right at one height."""
         # The engine takes arrays for BGR, as OpenCV reads files.
-        return [tuple(self._engine(np.ascontiguousarray(image[..., ::-1])).txts or ()) for image in images]
+        found: list[Any] = [self._engine(np.ascontiguousarray(image[..., ::-1])) for image in images]
+        return [tuple(output.txts or ()) for output in found]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,12 @@ class Combine:
         self.gates, self.schedules = dict(gates or {}), dict(schedules or {})
         self.scorers = dict(scorers)
         self.weights = {name: float(weights[name]) for name in scorers}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What results record of each scorer that has weights, by its name."""
+        found = {name: getattr(scorer, "provenance", None) for name, scorer in self.scorers.items()}
+        return {name: dict(record) for name, record in found.items() if record is not None}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt that one of the scorers cannot score, with the scorer's name."""

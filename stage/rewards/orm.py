@@ -172,7 +172,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     found = LlavaOnevisionConfig(
-        vision_config=_vision(state, folder),
+        vision_config=_vision(state, str(config.get("mm_vision_tower")), folder),
         text_config={"model_type": "qwen2", **{key: config[key] for key in TEXT_KEYS if key in config}},
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
     )
@@ -183,8 +183,8 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     )
 
 
-def _vision(state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
-    """The settings of SigLIP that its tensors tell."""
+def _vision(state: Mapping[str, Tensor], tower: str, folder: Path) -> dict[str, Any]:
+    """The settings of SigLIP that its tensors and its name tell: ...-384 sees 384 pixels."""
     start = "model.vision_tower.vision_tower.vision_model."
     names = [f"{start}embeddings.{name}.weight" for name in ("patch_embedding", "position_embedding")]
     names.append(f"{start}encoder.layers.0.mlp.fc1.weight")
@@ -194,6 +194,12 @@ def _vision(state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
             f"give the folder of the outcome reward model as it was published"
         )
     patch, places, inner = (state[name] for name in names)
+    side = int(found[1]) if (found := re.search(r"-(\d+)$", tower)) else 0
+    if (side // patch.shape[-1]) ** 2 != places.shape[0]:
+        raise ValueError(
+            f"mm_vision_tower ends in the side of its pictures, {tower!r} in {folder} does not fit {places.shape[0]} "
+            f"patches of {patch.shape[-1]} pixels; give the config.json as it was published"
+        )
     layers = {
         name.removeprefix(start).split(".")[2] for name in state if name.startswith(f"{start}encoder.layers.")
     }
@@ -204,7 +210,7 @@ def _vision(state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
         "num_hidden_layers": len(layers),
         "num_attention_heads": patch.shape[0] // HEAD_WIDTH,
         "patch_size": patch.shape[-1],
-        "image_size": int(places.shape[0] ** 0.5) * patch.shape[-1],
+        "image_size": side,
         "vision_use_head": False,
     }
 

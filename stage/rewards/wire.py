@@ -29,7 +29,6 @@ FORMATS = ("PNG", "WEBP")
 MAX_PROMPTS, MAX_GROUP, MAX_TEXT, MAX_SIDE = 4096, 1024, 20_000, 4096
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Range = tuple[Finite | None, Finite | None]  # JSON has no infinity: None is no bound
 
 
 class Message(BaseModel):
@@ -72,14 +71,14 @@ class About(Message):
 
 
 class ScoreAnswer(Message):
-    """`stage.types.Scores` as lists, with the scorer that gave them."""
+    """`stage.types.Scores` as lists, with the scorer that gave them. A range whose end is null has none there."""
 
     scorer: str
     names: list[str]
     weights: list[Finite]
     parts: list[list[list[Finite]]]
     reasons: list[list[str]]
-    ranges: list[Range] | None
+    ranges: list[tuple[Finite | None, Finite | None]] | None
 
 
 def to_prompts(prompts: Sequence[WirePrompt]) -> tuple[Prompt, ...]:
@@ -135,7 +134,12 @@ def decode_images(rows: Sequence[Sequence[str]], prompts: int) -> Tensor:
 
 
 def to_answer(scores: Scores, scorer: str) -> ScoreAnswer:
-    """Scores for the wire. Raises ValueError (of pydantic) for parts that are not finite."""
+    """Scores for the wire. Raises ValueError for parts that are not finite (pydantic's), gates and schedules."""
+    if scores.gates is not None or scores.schedules is not None:
+        raise ValueError(
+            "gates and schedules belong to a run and are not served; serve the scorers without them and combine them "
+            "where training runs"
+        )
     return ScoreAnswer(
         version=VERSION,
         scorer=scorer,
@@ -143,13 +147,11 @@ def to_answer(scores: Scores, scorer: str) -> ScoreAnswer:
         weights=list(scores.weights),
         parts=scores.parts.tolist(),
         reasons=[list(row) for row in scores.reasons],
-        ranges=None
-        if scores.ranges is None
-        else [(_bound(low), _bound(high)) for low, high in scores.ranges],
+        ranges=None if scores.ranges is None else [(_end(low), _end(high)) for low, high in scores.ranges],
     )
 
 
-def _bound(value: float) -> float | None:
+def _end(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
@@ -164,15 +166,15 @@ def from_answer(answer: ScoreAnswer, prompts: int, group: int) -> Scores:
             f"{len(answer.parts)} rows of (samples, parts) {sorted(lengths)}"
         )
     parts = torch.tensor(answer.parts, dtype=torch.float32)
-    ranges = None if answer.ranges is None else tuple(_range(*bounds) for bounds in answer.ranges)
-    if ranges is not None:
+    ranges = None
+    if answer.ranges is not None:
+        ranges = tuple(
+            (-math.inf if low is None else low, math.inf if high is None else high)
+            for low, high in answer.ranges
+        )
         _check_ranges(parts, answer.names, ranges)
     reasons = tuple(tuple(row) for row in answer.reasons)
     return Scores(parts, tuple(answer.names), tuple(answer.weights), reasons, ranges)
-
-
-def _range(low: float | None, high: float | None) -> tuple[float, float]:
-    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _check_ranges(parts: Tensor, names: Sequence[str], ranges: Sequence[tuple[float, float]]) -> None:
@@ -181,7 +183,7 @@ def _check_ranges(parts: Tensor, names: Sequence[str], ranges: Sequence[tuple[fl
     for index, (name, (low, high)) in enumerate(zip(names, ranges, strict=True)):
         column = parts[..., index]
         # The bounds themselves may be rounded on their way through float32.
-        slack = 1e-6 * max([1.0, *(abs(bound) for bound in (low, high) if math.isfinite(bound))])
+        slack = 1e-6 * max([1.0, *(abs(end) for end in (low, high) if math.isfinite(end))])
         if column.min() < low - slack or column.max() > high + slack:
             raise ValueError(
                 f"the part {name!r} must lie in [{low}, {high}]; got {column.min().item()} to {column.max().item()}"

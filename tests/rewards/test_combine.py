@@ -47,6 +47,14 @@ def test_parts_lie_side_by_side() -> None:
     assert (scores.parts[1, 2] @ torch.tensor(scores.weights)).item() == pytest.approx(240 + 180.75)
 
 
+def test_scorers_without_weights_have_no_provenance() -> None:
+    weighted: Any = Fixed(0.0, ("score",), (1.0,))
+    weighted.provenance = {"sha256": {"w.pt": "abc"}}
+    inner = Combine({"a": ONE, "b": weighted}, {"a": 1.0, "b": 1.0})
+    assert inner.provenance == {"b": {"sha256": {"w.pt": "abc"}}}
+    assert Combine({"c": inner}, {"c": 1.0}).provenance == {"c": inner.provenance}
+
+
 def test_combinations_nest() -> None:
     inner = Combine({"a": ONE}, {"a": 2.0})
     scores = Combine({"b": inner}, {"b": 3.0})(IMAGES, PROMPTS)
@@ -118,10 +126,10 @@ def test_prompts_are_checked_by_every_scorer_that_can() -> None:
 
 
 def test_ranges_lie_side_by_side_and_are_held() -> None:
-    ranged = changed(parts=torch.full((2, 3, 2), 0.5), ranges=((0.0, 1.0), (0.0, 2.0)))
+    ranged: Any = changed(parts=torch.full((2, 3, 2), 0.5), ranges=((0.0, 1.0), (0.0, 2.0)))
     scores = Combine({"a": ranged, "b": TWO}, {"a": 1.0, "b": 1.0})(IMAGES, PROMPTS)
     assert scores.ranges == ((0.0, 1.0), (0.0, 2.0), (-math.inf, math.inf))
-    wrong = changed(parts=torch.full((2, 3, 2), 1.5), ranges=((0.0, 1.0), (0.0, 2.0)))
+    wrong: Any = changed(parts=torch.full((2, 3, 2), 1.5), ranges=((0.0, 1.0), (0.0, 2.0)))
     nested = Combine({"outer": Combine({"inner": wrong}, {"inner": 1.0})}, {"outer": 1.0})
     with pytest.raises(UnusableScores, match=r"'inner' gave: sample 0 of 'one' got 1.5") as caught:
         nested(IMAGES, PROMPTS)

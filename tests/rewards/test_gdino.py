@@ -12,18 +12,10 @@ import torch
 
 from stage.rewards.gdino import GDinoReward
 from stage.types import Prompt, Scorer
-from tests.rewards.tiny_bert import VOCABULARY, save_preprocessor, save_tokenizer
+from tests.rewards.tiny_models import save_gdino
 from tests.rewards.tiny_towers import pictures
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-# Published with IDEA-Research/grounding-dino-tiny, but for the sides of 800 and 1333.
-PREPROCESSOR = {
-    "size": {"shortest_edge": 128, "longest_edge": 200},
-    "resample": 2,
-    "rescale_factor": 0.00392156862745098,
-    "image_mean": MEAN,
-    "image_std": STD,
-}
 SETTINGS: dict[str, Any] = {
     "revision": None,
     "threshold": 0.3,
@@ -58,45 +50,8 @@ PROMPTS = (OBJECTS, SPATIAL, COUNTS, NOTHING)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GroundingDINO with seeded random weights, in the layout of IDEA-Research/grounding-dino-tiny."""
-    from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
-
     folder = tmp_path_factory.mktemp("gdino")
-    torch.manual_seed(4)
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 32}
-    config = GroundingDinoConfig(
-        backbone_config={
-            "model_type": "swin",
-            "embed_dim": 16,
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 2, 2, 2],
-            "window_size": 4,
-            "out_indices": [2, 3, 4],
-        },
-        text_config={
-            "model_type": "bert",
-            "vocab_size": len(VOCABULARY),
-            "max_position_embeddings": 64,
-            **small,
-        },
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=12,
-        max_text_len=32,
-    )
-    model = GroundingDinoForObjectDetection(config)
-    heads: Any = model.bbox_embed
-    for head in heads:
-        torch.nn.init.normal_(head.layers[-1].weight, std=0.5)
-    torch.nn.init.normal_(model.model.text_projection.weight, std=0.5)
-    model.save_pretrained(folder)
-    save_tokenizer(folder, 64)
-    save_preprocessor(folder, **PREPROCESSOR)
+    save_gdino(folder)
     return folder
 
 

@@ -12,20 +12,12 @@ import torch
 from stage.rewards.git import GITReward, questions
 from stage.rewards.mentions import Mentions
 from stage.types import Prompt, Scorer
-from tests.rewards.tiny_bert import VOCABULARY, save_preprocessor, save_tokenizer
+from tests.rewards.tiny_bert import VOCABULARY
+from tests.rewards.tiny_models import save_git
 from tests.rewards.tiny_towers import pictures
 
 SETTINGS: dict[str, Any] = {"revision": None, "device": "cpu", "dtype": "float32", "batch_size": 4}
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-# Published with microsoft/git-large-vqav2, but for the side of 480.
-PREPROCESSOR = {
-    "do_center_crop": True,
-    "crop_size": {"height": 32, "width": 32},
-    "size": {"shortest_edge": 32},
-    "resample": 3,
-    "image_mean": MEAN,
-    "image_std": STD,
-}
 COLORS = Prompt(
     1,
     "a red cat and a blue dog",
@@ -48,27 +40,8 @@ PROMPTS = (COLORS, NOUNS, SPATIAL, NOTHING, GENEVAL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GIT with seeded random weights, in the layout of microsoft/git-large-vqav2."""
-    from transformers import GitConfig, GitForCausalLM
-
     folder = tmp_path_factory.mktemp("git")
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = GitConfig(
-        vision_config={**vision, "image_size": 32, "patch_size": 8},
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        initializer_range=0.4,
-        bos_token_id=101,
-        eos_token_id=102,
-    )
-    GitForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder, 40)
-    save_preprocessor(folder, **PREPROCESSOR)
+    save_git(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from stage.rewards.imagereward import ImageRewardReward, read_rater
+from stage.rewards.imagereward import ImageRewardReward, Rater, read_rater
 from tests.rewards.tiny_bert import VOCABULARY, save_tokenizer
 from tests.rewards.tiny_towers import PROMPTS, pictures
 
@@ -186,3 +186,22 @@ def test_files_that_are_not_there(files: Any, tmp_path: Path) -> None:
         ImageRewardReward(**{**files[1], "path": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match=r"hf download google-bert/bert-base-uncased tokenizer\.json"):
         ImageRewardReward(**{**files[1], "tokenizer_path": str(tmp_path)})
+
+
+def test_the_published_sizes_are_read_from_the_tensors(files: Any) -> None:
+    """ImageReward.pt: BLIP with a ViT-L/16 of 224 pixels and BERT-base, without memory for any of it."""
+    big = {"pos_embed": (1, 197, 1024), "patch_embed.proj.weight": (1024, 3, 16, 16)}
+    big |= {f"blocks.{i}.mlp.fc1.weight": (4096, 1024) for i in range(24)}
+    sizes = {f"blip.visual_encoder.{name}": shape for name, shape in big.items()}
+    text = {
+        "embeddings.word_embeddings.weight": (30524, 768),
+        "embeddings.position_embeddings.weight": (512, 768),
+    }
+    text |= {f"encoder.layer.{i}.intermediate.dense.weight": (3072, 768) for i in range(12)}
+    sizes |= {f"blip.text_encoder.{name}": shape for name, shape in text.items()}
+    with torch.device("meta"):
+        model = Rater({name: torch.empty(shape) for name, shape in sizes.items()})
+    vision, language = model.vision.config, model.text.config
+    assert (model.side, vision.num_hidden_layers, vision.num_attention_heads) == (224, 24, 16)
+    assert (language.num_hidden_layers, language.num_attention_heads, language.vocab_size) == (12, 12, 30524)
+    assert sum(value.numel() for value in model.vision.parameters()) == 303_301_632

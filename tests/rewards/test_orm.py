@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stage.rewards.orm import ORMReward, square
+from stage.rewards.orm import ORMReward, _vision, square
 from stage.types import Prompt
 from tests.rewards.tiny_towers import PROMPTS, pictures
 
@@ -32,8 +32,9 @@ TEXT: dict[str, Any] = {
     "rms_norm_eps": 1e-06,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
+    "mm_vision_tower": "google/siglip-so400m-patch14-60",
 }
-SIDE = 56
+SIDE = 60  # four patches of 14, and 4 pixels that no patch sees, as 384 has 27 and 6
 
 
 def save_qwen_tokenizer(folder: Path) -> None:
@@ -67,7 +68,7 @@ def parts() -> tuple[Any, Any, Any, torch.Tensor]:
             vision_use_head=False,
         )
     )
-    text = Qwen2ForCausalLM(Qwen2Config(**TEXT, initializer_range=0.3))
+    text = Qwen2ForCausalLM(Qwen2Config(**{**TEXT, "initializer_range": 0.3}))
     projector = torch.nn.Sequential(torch.nn.Linear(144, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
     return vision.eval(), projector.eval(), text.eval(), torch.randn(32)
 
@@ -163,6 +164,7 @@ def test_folders_that_do_not_fit(model: tuple[Any, Path], tmp_path: Path) -> Non
     config = {"model_type": "llava_qwen", **TEXT}
     for changes, words in (
         ({"model_type": "llava_onevision"}, "type 'llava_qwen' with its sizes, it says 'llava_onevision'"),
+        ({"mm_vision_tower": "siglip"}, "'siglip' in .* does not fit 16 patches of 14 pixels"),
         ({"num_hidden_layers": 3}, "it lacks"),
         ({"num_hidden_layers": 1}, "it has besides"),
         ({"intermediate_size": 40}, "fits its architecture"),
@@ -181,3 +183,20 @@ def test_folders_that_do_not_fit(model: tuple[Any, Path], tmp_path: Path) -> Non
 def test_images_that_cannot_be_scored(model: tuple[Any, Path]) -> None:
     with pytest.raises(ValueError, match="images have pixels"):
         ORMReward(path=str(model[1]), **SETTINGS)(pictures(1, 1)[:, :, :0], (Prompt(1, "x"),))
+
+
+def test_the_published_sizes_are_read_from_the_tensors() -> None:
+    """SigLIP so400m, patches of 14 in 384 pixels, without its last layer."""
+    start = "model.vision_tower.vision_tower.vision_model."
+    shapes = {
+        "embeddings.patch_embedding.weight": (1152, 3, 14, 14),
+        "embeddings.position_embedding.weight": (729, 1152),
+    }
+    shapes |= {f"encoder.layers.{i}.mlp.fc1.weight": (4304, 1152) for i in range(26)}
+    state = {f"{start}{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = _vision(state, "google/siglip-so400m-patch14-384", Path("."))
+    assert {key: found[key] for key in ("num_hidden_layers", "num_attention_heads", "image_size")} == {
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 384,
+    }

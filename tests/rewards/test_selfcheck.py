@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from stage.rewards import selfcheck
@@ -23,7 +24,7 @@ class Brightness:
     """Mean of the pixels, plus `shift` for every image that is not the first of a call."""
 
     def __init__(self, sha256: str = "a", shift: float = 0.0) -> None:
-        self.provenance = {"sha256": {"w.pt": sha256}, "tower": {"sha256": {"t.pt": "b"}}}
+        self.provenance: dict[str, Any] = {"sha256": {"w.pt": sha256}, "tower": {"sha256": {"t.pt": "b"}}}
         self.shift = shift
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
@@ -82,6 +83,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
 def test_the_bundled_table_is_readable() -> None:
     table = selfcheck.read_table(Path(selfcheck.__file__).parent / "assets" / "selfcheck.json")
     assert all(torch.tensor(scores).shape == (2, 2) for scores in table.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["hps", "clip", "aesthetic", "pickscore", "imagereward", "git", "gdino", "orm"]
+)
+def test_the_command_takes_every_reward_with_weights(root: Path, name: str) -> None:
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        config = compose("selfcheck", [f"reward={name}", "reward.path=here", "table=scores.json"])
+    assert config.reward.path == "here" and dict(config)["tolerance"] == 0.01
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,7 @@ def test_prompts_survive_with_their_metadata() -> None:
 
 
 SCORES = Scores(
-    torch.tensor([[[0.25, 3.0], [1.0, 4.0]]]),
-    ("a", "b"),
-    (1.0, 0.0),
-    (("x", "y"),),
-    ((0.0, 1.0), (0.0, math.inf)),
+    torch.tensor([[[0.25, 3.0], [1.0, 4.0]]]), ("a", "b"), (1.0, 0.0), (("x", "y"),), ((0.0, 1.0), (0.0, 9.0))
 )
 
 
@@ -162,3 +159,19 @@ def test_unknown_keys_and_versions_are_refused() -> None:
             ScoreRequest.model_validate(good | change)
     with pytest.raises(ValidationError):
         ScoreRequest.model_validate(good | {"prompts": [{"id": -1, "text": "a"}]})
+
+
+def test_a_range_without_an_end_survives_and_is_held() -> None:
+    ranges = ((-math.inf, 1.0), (-math.inf, math.inf))
+    sent = to_answer(replace(SCORES, ranges=ranges), "s").model_dump_json()
+    assert from_answer(ScoreAnswer.model_validate_json(sent), 1, 2).ranges == ranges
+    with pytest.raises(ValueError, match="must lie in"):
+        from_answer(answer(ranges=[(None, 0.5), (None, None)]), 1, 2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gates": torch.ones(1, 2, 2, dtype=torch.bool)}, {"schedules": ((), (lambda update: 1.0,))}]
+)
+def test_terms_of_a_run_are_not_served(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="gates and schedules belong to a run"):
+        to_answer(replace(SCORES, **changes), "s")
