@@ -38,6 +38,7 @@ from torch import Tensor
 from stage.objective import advantage as advantages_of
 from stage.objective import entropy
 from stage.objective.advantage import Advantages
+from stage.objective.checks import check_rollout
 from stage.objective.credit import Credit, PlanCredit
 from stage.objective.metrics import TensorMetrics, merge_metrics, to_floats
 from stage.objective.plan import plan_loss, plan_metrics
@@ -138,7 +139,7 @@ class Objective:
         Raises:
             ValueError: shapes that do not match, a reward that is not finite, a missing reference, G = 1.
         """
-        _check_rollout(rollout, self.needs_reference)
+        check_rollout(rollout, self.needs_reference)
         device = rollout.old.logps.device  # a scorer may have answered from the CPU
         rollout = replace(rollout, scores=map_tensors(rollout.scores, lambda parts: parts.to(device)))
         found = self._advantages(rollout)
@@ -258,7 +259,7 @@ class Objective:
     def _advantages(self, rollout: Rollout) -> Advantages:
         bonus = None
         if self.entropy_coefficient != 0:
-            assert rollout.reference is not None  # checked by `_check_rollout`
+            assert rollout.reference is not None  # checked by `check_rollout`
             close = entropy.closeness(rollout.old.entropy, rollout.reference.entropy)
             bonus = partial(entropy.entropy_reward, closeness=close, coefficient=self.entropy_coefficient)
         return self.advantage(scores=rollout.scores, bonus=bonus, tied_groups=self.tied_groups)
@@ -328,38 +329,3 @@ def _part_metrics(scores: Scores, contributions: Tensor | None) -> TensorMetrics
             metrics[f"contribution/{name}"] = added[..., i].mean()
             metrics[f"contribution_std/{name}"] = added[..., i].std(dim=-1).mean()
     return metrics
-
-
-def _check_rollout(rollout: Rollout, needs_reference: bool) -> None:
-    """Raises ValueError for records that do not belong together and rewards that are not finite."""
-    scores, shape = rollout.scores, rollout.old.logps.shape
-    groups = {"scores.parts": scores.parts, "codes": rollout.codes, "sampled_logps": rollout.sampled_logps}
-    for name, tensor in groups.items():
-        length = 2 if name == "scores.parts" else 3
-        if tensor.shape[:length] != shape[:length]:
-            raise ValueError(
-                f"{name} must begin with the shape of the log-probabilities {tuple(shape[:length])}, "
-                f"got {tuple(tensor.shape)}; keep the group as an axis of its own"
-            )
-    if rollout.plans is not None and (rollout.plan_weight is None or rollout.old.plan is None):
-        raise ValueError(
-            "a rollout with plans needs their weight and their old scores, got "
-            f"plan_weight={rollout.plan_weight} and old.plan={rollout.old.plan}; score the tokens with their plans"
-        )
-    columns = scores.parts.shape[-1]
-    if not columns == len(scores.names) == len(scores.weights):
-        raise ValueError(
-            f"each reward part needs one name and one weight, got {columns} parts, names {scores.names} and "
-            f"weights {scores.weights}; mend the scorer"
-        )
-    finite = scores.parts.isfinite().flatten(0, 1).all(dim=0)
-    if not finite.all():
-        broken = [name for name, good in zip(scores.names, finite.tolist(), strict=True) if not good]
-        raise ValueError(
-            f"rewards must be finite, got NaN or infinity in {', '.join(broken)}; mend the scorer"
-        )
-    if needs_reference and rollout.reference is None:
-        raise ValueError(
-            "the KL term and the entropy reward need reference scores, got None; score the rollout with the "
-            "reference model, or set beta and entropy_coefficient to 0"
-        )

@@ -62,11 +62,11 @@ def plan_prompt(policy: JanusPolicy, texts: Sequence[str]) -> PromptTokens:
 
 
 def plan_texts(policy: JanusPolicy, plans: Plans) -> list[list[str]]:
-    """The words of each plan, `[P][G]`, without special tokens."""
+    """The words of each plan, `[P][G]`, without special tokens, in one line each."""
     decode: Any = policy.tokenizer.decode
     return [
         [
-            decode(tokens[mask.bool()].tolist(), skip_special_tokens=True).strip()
+            " ".join(decode(tokens[mask.bool()].tolist(), skip_special_tokens=True).split())
             for tokens, mask in zip(*group, strict=True)
         ]
         for group in zip(plans.tokens.cpu(), plans.mask.cpu(), strict=True)
