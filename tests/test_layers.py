@@ -36,11 +36,12 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
     "stage.shapes": (
         "scenes steps",
-        "prompts tiny detector",
-        "corpus detector_training",
-        "vq",
-        "language",
-        "pretrain",
+        "prompts tiny detector signs",
+        "corpus detector_training sign_prompts",
+        "vq sign_corpus",
+        "language sign_codec",
+        "pretrain sign_language",
+        "sign_pretrain",
     ),
 }
 
