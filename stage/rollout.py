@@ -79,12 +79,12 @@ def scored_distribution(objective: Any, sampler: Any) -> Distribution:
 
     Raises ValueError for any other name.
     """
+    planning = drawing.reasons(sampler)
     if objective.distribution == "conditional":
-        return Distribution(1.0, 1.0, 1.0)
+        return Distribution(1.0, 1.0, 1.0 if planning else None)
     if objective.distribution == "guided":
-        return Distribution(
-            sampler.guidance_scale, sampler.temperature, getattr(sampler, "plan_temperature", None)
-        )
+        words = sampler.plan_temperature if planning else None
+        return Distribution(sampler.guidance_scale, sampler.temperature, words)
     raise ValueError(
         f"algorithm.distribution must be conditional or guided; got {objective.distribution!r}. Name one of them."
     )
@@ -108,6 +108,11 @@ def _cut(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def take(prompt_tokens: PromptTokens, prompts: slice) -> PromptTokens:
+    """The rows of some prompts."""
+    return map_tensors(prompt_tokens, lambda tensor: tensor[prompts])
+
+
 def score_part(
     score: Callable[..., TokenScores],
     prompt_tokens: PromptTokens,
@@ -123,7 +128,7 @@ def score_part(
         cut = map_tensors(plans, lambda tensor: tensor[prompts, samples])
         planned = {"plans": cut, "plan_temperature": distribution.plan_temperature}
     return score(
-        map_tensors(prompt_tokens, lambda tensor: tensor[prompts]),
+        take(prompt_tokens, prompts),
         tokens[prompts, samples],
         guidance_scale=distribution.guidance_scale,
         temperature=distribution.temperature,

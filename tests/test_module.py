@@ -20,6 +20,7 @@ from stage.loggers import MetricsFile, read_metrics
 from stage.module import StageModule, check_finite
 from stage.optimizer import MasterAdamW
 from stage.policy.janus import load_policy
+from stage.policy.lora import add_lora
 from stage.policy.template import Template
 from stage.rollout import draw
 from stage.training_checkpoint import read_training_checkpoint
@@ -190,6 +191,19 @@ def test_no_weight_is_there_twice_but_what_is_trained(base: Path) -> None:
     own, other = ({p.data_ptr() for p in part.parameters()} for part in (module.policy, module.reference))
     trained = {p.data_ptr() for p in module.policy.parameters() if p.requires_grad}
     assert own - other == trained and len(other - own) == len(trained)
+
+
+def test_adapters_train_against_their_own_base(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    policy = tiny_policy(base)
+    add_lora(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
+    module = tiny_module(base, policy=policy, optimizer=partial(torch.optim.AdamW, lr=1e-2), updates=2)
+    assert module.reference is not None and list(module.reference.parameters()) == []
+    before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    fit(tmp_path, module)
+    assert module.latest["policy/kl"] > 0 and module.latest["policy/ratio_max"] == 1.0
+    assert same(before, {name: p.detach() for name, p in policy.named_parameters() if name in before})
+    assert all("lora_" in name for name in weights(module))
 
 
 def test_bfloat16_weights_train_and_resume_bit_for_bit(base: Path, tmp_path: Path) -> None:

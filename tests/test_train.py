@@ -133,12 +133,25 @@ def test_a_run_leaves_what_it_promises(program: Program, tmp_path: Path) -> None
 
 
 def test_nothing_but_the_program_speaks(program: Program, recwarn: pytest.WarningsRecorder) -> None:
-    """No advertisement, no progress bar of a library, no warning: five lines."""
+    """No advertisement, no progress bar of a library, no warning: four lines."""
     output = program("updates=1")
-    kinds = ["1 updates of", "update 1/1", "1 updates done"]
+    kinds = ["1 updates of", "memory on", "update 1/1", "1 updates done"]
     assert [line for line in output.splitlines() if not any(line.startswith(kind) for kind in kinds)] == []
     ours = [str(item.message) for item in recwarn.list if "LeafSpec" not in str(item.message)]
     assert [text for text in ours if "eval mode" not in text] == []
+
+
+def test_what_a_run_takes_is_said(program: Program) -> None:
+    """Memory before the first update, hours after it, and a kernel that is not there before anything."""
+    lines = program("updates=2").splitlines()
+    assert [line.split(" ")[0:2] for line in lines[:3]] == [
+        ["2", "updates"],
+        ["memory", "on"],
+        ["1", "updates"],
+    ]
+    assert "weights" in lines[1] and "GPU-hours" in lines[2]
+    assert "model.attention must be" in program.refuses("model.attention=flash")
+    assert "reference_on_cpu must be true or false" in program.refuses("reference_on_cpu=maybe")
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(program: Program, tmp_path: Path) -> None:
