@@ -15,6 +15,7 @@ DISTRIBUTION = {
     "hydra": "hydra-core",
     "markupsafe": "jinja2",  # the strings of jinja2's templates
     "open_clip": "open-clip-torch",
+    "triton": "torch",  # comes with torch's builds for CUDA; only the files of kernels import it
     "yaml": "omegaconf",  # omegaconf reads its files with PyYAML and requires it
 }
 
