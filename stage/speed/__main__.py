@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, checks = measure_rollouts(
         options.models, options.images, device, dtype, speed, options.baseline_tokens
     )
-    found = {
+    found: dict[str, object] = {
         "machine": describe(device) | {"bandwidth_tb_per_second": speed / 1e12, "dtype": str(dtype)},
         "rollout": rows,
         "checks": checks,

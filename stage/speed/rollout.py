@@ -130,7 +130,7 @@ def floor_bytes(policy: JanusPolicy, images: int) -> int:
     config: Any = policy.language_model.config
     weights = sum(p.nbytes for p in policy.language_model.layers.parameters())
     weights += sum(p.nbytes for p in policy.model.model.generation_head.parameters())
-    itemsize = policy.language_model.norm.weight.dtype.itemsize  # type: ignore[union-attr]
+    itemsize = policy.language_model.norm.weight.dtype.itemsize
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     length = policy.num_image_tokens
     return length * weights + 2 * images * per_token * sum(PROMPT_TOKENS + step for step in range(length))

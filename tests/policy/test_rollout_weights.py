@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def test_fused_rows(tmp_path: Path) -> None:
     biased = {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
     policy = load(build_tiny_janus(tmp_path, **biased))
     weights, x = RolloutWeights(policy.language_model, torch.float32), torch.randn(3, 64)
-    for layer, module in zip(weights.layers, policy.language_model.layers, strict=True):
+    modules: Any = policy.language_model.layers
+    for layer, module in zip(weights.layers, modules, strict=True):
         attention, mlp = module.self_attn, module.mlp
         wanted = torch.cat([part(x) for part in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
         torch.testing.assert_close(F.linear(x, *layer.qkv), wanted)
@@ -35,7 +37,7 @@ def test_fused_rows(tmp_path: Path) -> None:
 
 def test_refresh(policy: JanusPolicy) -> None:
     """Values follow an optimizer's step in the same storage; a parameter that was replaced is noticed."""
-    model = policy.language_model
+    model: Any = policy.language_model
     weights = RolloutWeights(model, torch.float32)
     attention, layer = model.layers[1].self_attn, weights.layers[1]
     places = [entry.tensor.data_ptr() for entry in weights._entries]
@@ -65,7 +67,8 @@ def test_another_type(policy: JanusPolicy) -> None:
 def test_adapters_are_merged(policy: JanusPolicy) -> None:
     """A step on the adapters changes samples; their log-probabilities are those of a replay with adapters."""
     add_lora(policy, rank=2, alpha=4.0, targets=("q_proj", "o_proj", "down_proj"))
-    layers = [module for module in policy.modules() if hasattr(module, "lora_B")]
+    layers: list[Any] = [module for module in policy.modules() if hasattr(module, "lora_B")]
+    attention: Any = policy.language_model.layers[0].self_attn
     assert len(layers) == 6
     weights = RolloutWeights(policy.language_model, torch.float32)
     sampler, prompt = Sampler(3.0, 1.0), policy.tokenize(PROMPTS)
@@ -74,7 +77,7 @@ def test_adapters_are_merged(policy: JanusPolicy) -> None:
         for module in layers:
             torch.nn.init.normal_(module.lora_B["default"].weight, std=0.3 * step)
         assert weights.refresh()  # merged into storage of its own, so nothing shared has moved
-        base = policy.language_model.layers[0].self_attn.o_proj.base_layer.weight
+        base = attention.o_proj.base_layer.weight
         assert torch.equal(weights.layers[0].out.weight, base) is (step == 0)
         samples = sampler(policy, prompt, draws)
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_the_plain_loop_samples_the_same_distribution(policy: JanusPolicy) -> No
     prompt, draws = batch(policy, 16)
     assert draws.shape == (2, 8, 16)
     tokens, logps = (part.view(draws.shape) for part in plain_loop(policy, prompt, 16, 99))
-    found = gap("x", policy, prompt, tokens, logps, 5.0)
+    found: dict[str, Any] = dict(gap("x", policy, prompt, tokens, logps, 5.0))
     assert found["x_mean"] <= found["x_p99"] < 1e-4 and logps.std() > 1e-3
 
 
