@@ -18,6 +18,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in plain Python
 
 # One thread makes sums repeat exactly and lets two runs share a small machine.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -148,15 +148,16 @@ class GraphedDecoder:
         self.counters.add_(1)
 
     def _attend(self, layer: int, qkv: Tensor) -> Tensor:
+        prefix, cache = self.prefix[layer], self.cache[layer]
         return triton_decode.attend(
             qkv,
             self.rope,
             self.counters[:1],
-            self.prefix[layer].unbind(0),
+            (prefix[0], prefix[1]),
             self.prefix_of_row,
             self.prefix_lengths,
             self.first_positions,
-            self.cache[layer].unbind(0),
+            (cache[0], cache[1]),
             self.heads,
             self.scale,
         )

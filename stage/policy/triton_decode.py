@@ -76,12 +76,11 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _attend_span(
-    query, keys, values, begin, end, largest, total, mixed, size, d, SPAN: tl.constexpr, STAGES: tl.constexpr
-):
-    """Online softmax over keys and values `[end, size]` from `begin`: the new (largest, total, mixed)."""
+def _attend_span(query, keys, values, end, state, size, d, SPAN: tl.constexpr, STAGES: tl.constexpr):
+    """Online softmax over keys and values `[end, size]`: the new (largest score, sum of weights, weighted values)."""
+    largest, total, mixed = state
     s = tl.arange(0, SPAN)
-    for start in tl.range(begin, end, SPAN, num_stages=STAGES):
+    for start in tl.range(0, end, SPAN, num_stages=STAGES):
         at = (start + s)[:, None] * size + d[None, :]
         mask = ((start + s) < end)[:, None] & (d < size)[None, :]
         k = tl.load(keys + at, mask=mask, other=0.0).to(tl.float32)
@@ -94,6 +93,14 @@ def _attend_span(
         mixed = mixed * decay + tl.sum(weight[:, None] * v, 0)
         largest = newest
     return largest, total, mixed
+
+
+@triton.jit
+def _rotated(at, cosine, sine, d, size):
+    """A head of the token, turned by its position, in float32."""
+    x = tl.load(at + d, mask=d < size, other=0.0).to(tl.float32)
+    swapped = tl.load(at + (d + size // 2) % size, mask=d < size, other=0.0).to(tl.float32)
+    return x * cosine + swapped * sine
 
 
 @triton.jit
@@ -122,52 +129,31 @@ def _attend(
 ):
     row = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0)
-    repeats = heads // kv_heads
-    kv_head = head // repeats
+    kv_head = head // (heads // kv_heads)
     filled = tl.load(step)
     prefix = tl.load(prefix_of_row + row).to(tl.int64)
     position = tl.load(first_positions + prefix) + filled
     d = tl.arange(0, SIZE)
     inside = d < size
-    swapped = (d + size // 2) % size
     cosine = tl.load(cos + position * size + d, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sin + position * size + d, mask=inside, other=0.0).to(tl.float32)
     kind = keys.dtype.element_ty
     token = qkv + row * (heads + 2 * kv_heads) * size
-    q_at, k_at = token + head * size, token + (heads + kv_head) * size
-    q = tl.load(q_at + d, mask=inside, other=0.0).to(tl.float32)
-    q = q * cosine + tl.load(q_at + swapped, mask=inside, other=0.0).to(tl.float32) * sine
-    k = tl.load(k_at + d, mask=inside, other=0.0).to(tl.float32)
-    k = k * cosine + tl.load(k_at + swapped, mask=inside, other=0.0).to(tl.float32) * sine
-    k = k.to(kind)
+    q = _rotated(token + head * size, cosine, sine, d, size)
+    k = _rotated(token + (heads + kv_head) * size, cosine, sine, d, size).to(kind)
     v = tl.load(token + (heads + kv_heads + kv_head) * size + d, mask=inside, other=0.0).to(kind)
     own = (row * kv_heads + kv_head) * room * size
-    if head % repeats == 0:
+    if head % (heads // kv_heads) == 0:
         tl.store(keys + own + filled * size + d, k, mask=inside)
         tl.store(values + own + filled * size + d, v, mask=inside)
     # Scores in units of log 2, so that exp2 serves; the token itself begins the softmax.
     query = q.to(kind).to(tl.float32) * (scale * 1.4426950408889634)
-    largest = tl.sum(query * k.to(tl.float32), 0)
-    total = 1.0
-    mixed = v.to(tl.float32)
+    state = (tl.sum(query * k.to(tl.float32), 0), 1.0, v.to(tl.float32))
     shared = (prefix * kv_heads + kv_head) * prefix_room * size
-    largest, total, mixed = _attend_span(
-        query,
-        prefix_keys + shared,
-        prefix_values + shared,
-        0,
-        tl.load(prefix_lengths + prefix),
-        largest,
-        total,
-        mixed,
-        size,
-        d,
-        SPAN,
-        1,
-    )
-    largest, total, mixed = _attend_span(
-        query, keys + own, values + own, 0, filled, largest, total, mixed, size, d, SPAN, STAGES
-    )
+    there = tl.load(prefix_lengths + prefix)
+    state = _attend_span(query, prefix_keys + shared, prefix_values + shared, there, state, size, d, SPAN, 1)
+    state = _attend_span(query, keys + own, values + own, filled, state, size, d, SPAN, STAGES)
+    _, total, mixed = state
     tl.store(out + (row * heads + head) * size + d, (mixed / total).to(out.dtype.element_ty), mask=inside)
 
 

@@ -21,7 +21,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 TYPES = (
     [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 )  # numpy, the interpreter's base, has no bfloat16
-EXACT = {torch.float32: dict(atol=1e-5, rtol=1e-5), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
+EXACT: dict[torch.dtype, Any] = {
+    torch.float32: dict(atol=1e-5, rtol=1e-5),
+    torch.bfloat16: dict(atol=2e-2, rtol=2e-2),
+}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -81,8 +84,10 @@ def test_attend(dtype: torch.dtype, heads: int, kv_heads: int, size: int, filled
     of_row = torch.tensor([0, 0, 2, 1, 2], device=DEVICE)
     lengths, first = torch.tensor([24, 3, 17]), torch.tensor([24, 3, 20])
     qkv = random(rows, (heads + 2 * kv_heads) * size, dtype=dtype)
-    prefix = tuple(random(prefixes, kv_heads, prefix_room, size, dtype=dtype, seed=s) for s in (1, 2))
-    cache = tuple(random(rows, kv_heads, room, size, dtype=dtype, seed=s) for s in (3, 4))
+    shape = prefixes, kv_heads, prefix_room, size
+    prefix = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
+    shape = rows, kv_heads, room, size
+    cache = random(*shape, dtype=dtype, seed=3), random(*shape, dtype=dtype, seed=4)
     angle = torch.arange(80)[:, None] * torch.linspace(1.0, 0.01, size // 2).repeat(2)
     signs = torch.cat([-torch.ones(size // 2), torch.ones(size // 2)])
     cos, sin = angle.cos().to(DEVICE, dtype), (angle.sin() * signs).to(DEVICE, dtype)
