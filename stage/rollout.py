@@ -216,15 +216,10 @@ def collect(
             check_shape(scores.parts, len(prompts), group_size)
             check_values(scores, images, prompts, "the scorer")
         with watch("reference"):
-            reference_scores = (
-                None
-                if reference is None
-                else score_tokens(
-                    reference, prompt_tokens, samples.tokens, parts, distribution, samples.plans
-                )
-            )
+            drawn = prompt_tokens, samples.tokens, parts, distribution, samples.plans
+            reference_scores = None if reference is None else score_tokens(reference, *drawn)
     with watch("replay"), torch.set_grad_enabled(differentiable):
-        live = score_tokens(policy, prompt_tokens, samples.tokens, parts, distribution, samples.plans)
+        live = score_tokens(policy, *drawn)
     rollout = Rollout(
         update=update,
         prompts=tuple(prompts),

@@ -80,10 +80,9 @@ def test_the_held_out_part_must_be_there() -> None:
     feed(RewardHacking(part=None, window=4, errors=1.0), [{}])
     with pytest.raises(ValueError, match=r"got 'hpsv2'\. Parts are among hps/score, mean\."):
         feed(RewardHacking(part="hpsv2", window=4, errors=1.0), rows([0.1], [0.2]))
-    changes: dict[str, Any]
-    for changes in ({"window": 3}, {"errors": 0.0}):
+    for window, errors in ((3, 1.0), (4, 0.0)):
         with pytest.raises(ValueError, match="got"):
-            RewardHacking(**({"part": None, "window": 4, "errors": 1.0} | changes))
+            RewardHacking(part=None, window=window, errors=errors)
 
 
 def test_the_trend_by_hand() -> None:

@@ -16,11 +16,8 @@ DISTRIBUTION = {
     "hydra": "hydra-core",
     "markupsafe": "jinja2",  # the strings of jinja2's templates
     "open_clip": "open-clip-torch",
-<<<<<<< HEAD
     "hypothesis": "schemathesis",  # which is a set of strategies for it, and requires it
-=======
     "triton": "torch",  # comes with torch's builds for CUDA; only the files of kernels import it
->>>>>>> help-d
     "yaml": "omegaconf",  # omegaconf reads its files with PyYAML and requires it
 }
 

@@ -33,7 +33,7 @@ def test_plain_patches_of_one_tone_share_their_mean() -> None:
     shared = share(latents, content)
     for tone in (0, 4):
         rows = [i for i in range(7) if content[i] == tone]
-        mean = sum(latents[i] for i in rows) / len(rows)
+        mean = torch.stack([latents[i] for i in rows]).sum(0) / len(rows)
         for i in rows:
             assert torch.allclose(shared[i], mean / mean.norm(), atol=1e-12)
     assert torch.equal(shared[[3, 6]], latents[[3, 6]])  # objects keep their own, also two of a kind
