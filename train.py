@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from stage import launch
+from stage.worlds import with_world
 
 launch.register_experiments(Path(__file__).parent / "experiments")
 
@@ -69,4 +71,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = with_world(sys.argv[1:], Path(__file__).parent / "conf" / "world")
     launch.run(main)

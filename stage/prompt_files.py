@@ -29,7 +29,9 @@ from stage.types import ChecksPrompts, Prompt
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
 HEADINGS = ("prompt", "prompts", "caption", "text")
-GENEVAL = ("tag", "include", "exclude")
+GENEVAL = ("include", "exclude")
+# A line tagged with one of these must hold them; any other tag is a category that scores are averaged by.
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]  # line number, and a record with the text under `prompt`
 
@@ -228,7 +230,7 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
     for key in ("include", "exclude"):
         if isinstance(record.get(key), list):
             record[key] = [_counted(entry, "count") for entry in record[key]]
-    if any(record.get(key) is not None for key in GENEVAL):
+    if any(record.get(key) is not None for key in GENEVAL) or record.get("tag") in TASKS:
         parse_request(record)
     for key in ("nouns", "attr_nouns"):
         names = record.get(key)

@@ -75,7 +75,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "prompt is a number": (line(3), "got 3"),  # type: ignore[arg-type]
     "half a surrogate": ('{"prompt": "\\ud800"}', "surrogate"),
     "no tag": ({"include": DOG_CAT, "prompt": "x"}, "tag must be"),
-    "no include": ({"tag": "x", "prompt": "x"}, "include must list"),
+    "no include": ({"tag": "counting", "prompt": "x"}, "include must list"),
     "empty include": (line("x", include=[]), "include must list"),
     "count of 0": (line("x", include=[{"class": "dog", "count": 0}]), r"include\[0\].count .* got 0"),
     "count as a word": (line("x", include=[{"class": "dog", "count": "two"}]), "positive integer, got 'two'"),
