@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -129,13 +130,13 @@ class Forecast(Callback):
         self.seconds.append(pl_module.latest["time/total"])
         left = pl_module.updates - pl_module.update
         if left > 0 and (len(self.seconds) == 1 or self.seconds[1] < SETTLED * self.seconds[0]):
-            print(self.line(left, self.seconds[-1], trainer.world_size), flush=True)
+            gpus = trainer.world_size if trainer.strategy.root_device.type == "cuda" else 0
+            print(self.line(left, self.seconds[-1], gpus), flush=True)
 
     @staticmethod
-    def line(left: int, seconds: float, processes: int) -> str:
-        """`79 updates to go at 1.4 s: about 0.0307 hours, 0.0307 GPU-hours, ...`."""
+    def line(left: int, seconds: float, gpus: int) -> str:
+        """`79 updates to go at 1.4 s: about 0:01:51, 0.03 hours, validation not counted`, and GPU-hours on GPUs."""
+        total = timedelta(seconds=round(left * seconds))
         hours = left * seconds / 3600
-        return (
-            f"{left} updates to go at {seconds:.1f} s: about {hours:.3g} hours, {hours * processes:.3g} "
-            "GPU-hours, validation not counted"
-        )
+        cost = f", {hours * gpus:.2f} GPU-hours" if gpus else ""
+        return f"{left} updates to go at {seconds:.1f} s: about {total}, {hours:.2f} hours{cost}, validation not counted"

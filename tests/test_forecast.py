@@ -77,8 +77,9 @@ def test_steps_that_bfloat16_loses_are_announced(base: Path) -> None:
     assert lost_steps(tiny_module(base)) is None
 
 
-def report(seconds: list[float], updates: int, capsys: pytest.CaptureFixture[str]) -> str:
-    callback, trainer = Forecast(), SimpleNamespace(is_global_zero=True, world_size=2)
+def report(seconds: list[float], updates: int, capsys: pytest.CaptureFixture[str], gpus: bool = True) -> str:
+    strategy = SimpleNamespace(root_device=torch.device("cuda" if gpus else "cpu"))
+    callback, trainer = Forecast(), SimpleNamespace(is_global_zero=True, world_size=2, strategy=strategy)
     for update, value in enumerate(seconds, start=1):
         module = SimpleNamespace(update=update, updates=updates, latest={"time/total": value})
         callback.on_train_batch_end(trainer, module, None, None, 0)  # type: ignore[arg-type]
@@ -87,9 +88,13 @@ def report(seconds: list[float], updates: int, capsys: pytest.CaptureFixture[str
 
 def test_hours_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """360 updates left at 10 s are one hour, on two processes two GPU-hours."""
-    expected = "360 updates to go at 10.0 s: about 1 hours, 2 GPU-hours, validation not counted\n"
+    expected = (
+        "360 updates to go at 10.0 s: about 1:00:00, 1.00 hours, 2.00 GPU-hours, validation not counted\n"
+    )
     assert report([10.0, 9.0, 1.0], 361, capsys) == expected
     # the first update warmed up for long: 359 updates at 5 s
-    again = "359 updates to go at 5.0 s: about 0.499 hours, 0.997 GPU-hours, validation not counted\n"
+    again = "359 updates to go at 5.0 s: about 0:29:55, 0.50 hours, 1.00 GPU-hours, validation not counted\n"
     assert report([10.0, 5.0, 1.0], 361, capsys) == expected + again
     assert report([10.0], 1, capsys) == ""
+    on_cpu = "360 updates to go at 10.0 s: about 1:00:00, 1.00 hours, validation not counted\n"
+    assert report([10.0], 361, capsys, gpus=False) == on_cpu
