@@ -139,4 +139,5 @@ class Forecast(Callback):
         total = timedelta(seconds=round(left * seconds))
         hours = left * seconds / 3600
         cost = f", {hours * gpus:.2f} GPU-hours" if gpus else ""
-        return f"{left} updates to go at {seconds:.1f} s: about {total}, {hours:.2f} hours{cost}, validation not counted"
+        until = f"about {total}, {hours:.2f} hours{cost}"
+        return f"{left} updates to go at {seconds:.1f} s: {until}, validation not counted"
