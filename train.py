@@ -71,5 +71,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = with_world(sys.argv[1:], Path(__file__).parent / "conf" / "world")
+    sys.argv[1:] = with_world(sys.argv[1:], Path(__file__).parent / "conf" / "worlds.yaml")
     launch.run(main)

@@ -12,14 +12,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 
-def with_world(arguments: Sequence[str], folder: Path) -> list[str]:
-    """The command line, with the options of `folder/REWARD.yaml` that it does not choose itself.
+def with_world(arguments: Sequence[str], file: Path) -> list[str]:
+    """The command line, with the options that `file` has for its reward and that it does not choose itself.
 
     Only a plain `reward=NAME` counts, not a sweep over rewards. A resumed run and an experiment bring their own.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
-    file = folder / f"{given.get('reward', '')}.yaml"
-    if "resume" in given or "experiment" in given or not file.is_file():
+    world = OmegaConf.load(file).get(given.get("reward", ""), {})
+    if "resume" in given or "experiment" in given:
         return list(arguments)
-    world = OmegaConf.load(file)
     return [*arguments, *(f"{group}={option}" for group, option in world.items() if group not in given)]
