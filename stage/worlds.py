@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -18,7 +19,8 @@ def with_world(arguments: Sequence[str], file: Path) -> list[str]:
     Only a plain `reward=NAME` counts, not a sweep over rewards. A resumed run and an experiment bring their own.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
-    world = OmegaConf.load(file).get(given.get("reward", ""), {})
+    worlds: Any = OmegaConf.to_container(OmegaConf.load(file))
+    world = worlds.get(given.get("reward"), {})
     if "resume" in given or "experiment" in given:
         return list(arguments)
     return [*arguments, *(f"{group}={option}" for group, option in world.items() if group not in given)]
