@@ -23,7 +23,7 @@ def train(prepared: launch.Prepared) -> None:
     from hydra.utils import instantiate
 
     from stage.forecast import announce
-    from stage.loggers import finish_wandb
+    from stage.loggers import finish_wandb, log_reward
     from stage.module import StageModule
     from stage.prompt_files import check_prompts
 
@@ -53,6 +53,7 @@ def train(prepared: launch.Prepared) -> None:
     )
     for logger in parts["logger"]:
         logger.log_hyperparams(module.config)
+    log_reward(parts["logger"], module.reward_record)
     trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
     print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
     announce(module, trainer.strategy.root_device)

@@ -267,6 +267,11 @@ def fit(trainer: Any, module: Any, resume: str | None) -> None:
     except SystemExit:  # what Lightning makes of a second Ctrl-C
         print(f"abandoned update {module.update + 1}; {resume_line(trainer, module)}", flush=True)
         sys.exit(exit_status(signal.SIGINT))
+    except Exception:
+        if module.update:
+            text = f"failed in update {module.update + 1}; {resume_line(trainer, module)}"
+            print(text, file=sys.stderr, flush=True)
+        raise
     number = next((c.signal_number for c in trainer.callbacks if getattr(c, "signal_number", None)), None)
     if number is not None:
         print(f"stopped after update {module.update}; {resume_line(trainer, module)}", flush=True)

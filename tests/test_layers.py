@@ -15,7 +15,14 @@ import pytest
 
 # Lowest first: modules, or all files of a folder.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("stage.types", "stage.paths", "stage.request", "stage.training_checkpoint", "stage.optimizer"),
+    (
+        "stage.types",
+        "stage.paths",
+        "stage.request",
+        "stage.training_checkpoint",
+        "stage.optimizer",
+        "stage.provenance",
+    ),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory"),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stage.provenance import weights_of
 from stage.score_checks import UnusableScores, check_values
 from stage.types import ChecksPrompts, Prompt, Scorer, Scores
 
@@ -77,8 +78,8 @@ class Combine:
     @property
     def provenance(self) -> dict[str, Any]:
         """What results record of each scorer that has weights, by its name."""
-        found = {name: getattr(scorer, "provenance", None) for name, scorer in self.scorers.items()}
-        return {name: dict(record) for name, record in found.items() if record is not None}
+        found = {name: weights_of(scorer) for name, scorer in self.scorers.items()}
+        return {name: record for name, record in found.items() if record}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt that one of the scorers cannot score, with the scorer's name."""

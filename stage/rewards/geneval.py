@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stage.geneval import Colors, Judge, Ruling
+from stage.provenance import weights_of
 from stage.request import Request, parse_request
 from stage.types import (
     BatchColorClassifier,
@@ -81,6 +83,15 @@ class GenEvalReward:
         self.names = tuple(weights)
         self.weights = tuple(float(weight) for weight in weights.values())
         self.judge = Judge(threshold, counting_threshold, max_objects, nms_threshold, position_margin)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What results record of the detector and the colour classifier, where they have weights."""
+        parts = {"detector": self.detector}
+        if self.color_classifier is not self.detector:
+            parts["color_classifier"] = self.color_classifier
+        found = {name: weights_of(part) for name, part in parts.items()}
+        return {name: record for name, record in found.items() if record}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from stage import paths
+from stage.provenance import hashes
 from stage.types import Prompt, Scorer
 
 ASSETS = "package://stage/rewards/assets"
@@ -78,14 +79,9 @@ def key(scorer: Any) -> str:
             f"a selfcheck is for a reward with weights, {type(scorer).__name__} names none; check the scorers of "
             f"a combination one by one"
         )
-    found = hashlib.sha256("\n".join(sorted(_hashes(provenance))).encode()).hexdigest()
+    files = sorted(digest for _, digest in hashes(provenance))
+    found = hashlib.sha256("\n".join(files).encode()).hexdigest()
     return f"{type(scorer).__name__}:{found}"
-
-
-def _hashes(provenance: Mapping[str, Any]) -> list[str]:
-    """Every file hash, those of towers and tokenizers too."""
-    inner = [value for name, value in provenance.items() if name != "sha256" and isinstance(value, Mapping)]
-    return [*provenance.get("sha256", {}).values(), *(found for value in inner for found in _hashes(value))]
 
 
 def compare(found: list[list[float]], expected: list[list[float]], tolerance: float) -> None:
