@@ -61,6 +61,7 @@ class StageModule(LightningModule):
         seed: of the sampling noise.
         updates: rollouts to do in all, counted from the start of the run and not from a resume.
         base: `{"path", "sha256"}` of the weights the policy was loaded from.
+        reward_beside_reference: compute the reward in a thread while the reference scores, see `stage.rollout.judge`.
         reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 
@@ -83,6 +84,7 @@ class StageModule(LightningModule):
         seed: int,
         updates: int,
         base: Mapping[str, str],
+        reward_beside_reference: bool,
         reference_on_cpu: bool,
         config: Mapping[str, Any],
         overrides: Sequence[str],
@@ -107,7 +109,7 @@ class StageModule(LightningModule):
         self.policy = policy
         # nn.Module registers a module that is assigned to it; inside a tuple it stays out of the tree.
         self._reference = (frozen_reference(policy) if objective.needs_reference else None,)
-        self.reference_on_cpu = reference_on_cpu
+        self.reward_beside_reference, self.reference_on_cpu = reward_beside_reference, reference_on_cpu
         self.sampler, self._scorer, self.objective, self.prompts = sampler, (scorer,), objective, prompts
         self._optimizer, self._scheduler = optimizer, scheduler
         self.group_size, self.gradient_clip = group_size, gradient_clip
@@ -207,6 +209,7 @@ class StageModule(LightningModule):
             seed=self.seed,
             group_size=self.group_size,
             differentiable=len(rows) == len(columns) == self.objective.updates_per_rollout == 1,
+            beside=self.reward_beside_reference,
             watch=watch,
         )
 

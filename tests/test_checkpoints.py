@@ -9,34 +9,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
 
 from stage.checkpoints import Checkpoints
 from stage.loggers import MetricsFile, read_metrics
 from stage.module import StageModule
 from stage.training_checkpoint import read_training_checkpoint
-from tests.tiny_training import Redness, same, tiny_base, tiny_module, tiny_trainer, weights
+from tests.tiny_training import Dying, Redness, same, tiny_base, tiny_module, tiny_trainer, weights
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the base weights."""
     return tiny_base(tmp_path_factory.mktemp("janus"))
-
-
-class Failing(Redness):
-    """Redness whose call number `at`, counted from 1, draws random numbers and then fails."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__(noise=0.3)
-        self.at, self.calls = at, 0
-
-    def __call__(self, images: Tensor, prompts: Any) -> Any:
-        self.calls += 1
-        found = super().__call__(images, prompts)
-        if self.calls == self.at:
-            raise ConnectionError("the reward servers did not answer")
-        return found
 
 
 class Validates(Callback):
@@ -61,12 +45,12 @@ def test_a_dead_reward_leaves_a_checkpoint_that_resumes_bit_for_bit(base: Path, 
     """The scorer fails in update 3, after it has drawn from torch's generator; the run goes on from update 2."""
 
     def module(at: int) -> StageModule:
-        return tiny_module(base, scorer=Failing(at), updates=5)
+        return tiny_module(base, scorer=Dying(0.3, at), updates=5)
 
     torch.manual_seed(1)
     whole = rarely(tmp_path / "whole", module(0))
     torch.manual_seed(1)
-    with pytest.raises(ConnectionError, match="did not answer"):
+    with pytest.raises(ConnectionError, match="servers are gone"):
         rarely(tmp_path / "cut", module(3))
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     assert read_training_checkpoint(last)["update"] == 2
@@ -83,7 +67,7 @@ def test_a_dead_reward_leaves_a_checkpoint_that_resumes_bit_for_bit(base: Path, 
 def test_a_reward_that_dies_after_an_update_keeps_that_update(base: Path, tmp_path: Path) -> None:
     """Calls 1 and 2 are update 1 and its validation; call 4, of the validation of update 2, fails."""
     with pytest.raises(ConnectionError):
-        rarely(tmp_path, tiny_module(base, scorer=Failing(4), updates=5), Validates())
+        rarely(tmp_path, tiny_module(base, scorer=Dying(0.3, 4), updates=5), Validates())
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert read_training_checkpoint(last)["update"] == 2
     assert rarely(tmp_path, tiny_module(base, updates=3), resume=last).update == 3
@@ -106,7 +90,7 @@ def test_nothing_is_saved_between_two_updates(base: Path, tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="the device is lost"):
         rarely(tmp_path / "step", tiny_module(base, optimizer=partial(BreaksStep, lr=1e-3)))
     with pytest.raises(ConnectionError):
-        rarely(tmp_path / "first", tiny_module(base, scorer=Failing(1)))
+        rarely(tmp_path / "first", tiny_module(base, scorer=Dying(0.3, 1)))
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

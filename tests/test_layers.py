@@ -68,7 +68,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "drawing",
     ),
     "stage.rewards": (
-        "batcher batches grid mentions pixels weights wire",
+        "batcher batches grid known_answers mentions pixels weights wire",
         "grounding tower",
         "*",
         "combine remote service",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage.provenance import weights_of
 from stage.score_checks import UnusableScores, check_values
-from stage.types import ChecksPrompts, Prompt, Scorer, Scores
+from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer, Scores
 
 
 class Gate(Protocol):
@@ -87,6 +87,15 @@ class Combine:
             if isinstance(scorer, ChecksPrompts):
                 try:
                     scorer.check(prompts)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+    def self_check(self) -> None:
+        """Raises ValueError where one of the scorers does not know its answers, with the scorer's name."""
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, ChecksItself):
+                try:
+                    scorer.self_check()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
 

@@ -223,6 +223,7 @@ def _step(
         seed=0,
         group_size=images,
         differentiable=True,
+        beside=False,
         watch=meter,
     )
     assert collected.scores is not None
