@@ -34,6 +34,7 @@ def evaluate(config: DictConfig) -> None:
     from stage.benchmarks.results import compose_results, print_scores, write_results
     from stage.prompt_files import check_prompts
     from stage.report.page import write_report
+    from stage.score_checks import check_itself
     from stage.subject import choose_device, find_subjects
 
     launch.quiet_libraries()
@@ -43,6 +44,7 @@ def evaluate(config: DictConfig) -> None:
     check_prompts(
         benchmark.scorer, {f"benchmark.splits.{name}": benchmark.prompts(name) for name in config.splits}
     )
+    check_itself(benchmark.scorer, config.self_check)
     sampler = instantiate(subjects.sampler)
     candidates = lay_out(subjects.models, subjects.sampler, config.seed, device, config.output)
     # All folders are checked before the first image is drawn.

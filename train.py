@@ -25,9 +25,10 @@ def train(prepared: launch.Prepared) -> None:
     from hydra.utils import instantiate
 
     from stage.forecast import announce
-    from stage.loggers import finish_wandb
+    from stage.loggers import finish_wandb, log_reward
     from stage.module import StageModule
     from stage.prompt_files import check_prompts
+    from stage.score_checks import check_itself
 
     config = prepared.config
     launch.quiet_libraries()
@@ -35,6 +36,7 @@ def train(prepared: launch.Prepared) -> None:
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     parts = {name: instantiate(config[name]) for name in CHEAP}
     check_prompts(parts["reward"], parts["data"].by_name())
+    check_itself(parts["reward"], config.self_check)
     parts |= {name: instantiate(config[name]) for name in COSTLY}
     module = StageModule(
         policy=parts["model"],
@@ -49,12 +51,14 @@ def train(prepared: launch.Prepared) -> None:
         seed=config.seed,
         updates=config.updates,
         base=launch.base_weights(config.model),
+        reward_beside_reference=config.reward_beside_reference,
         reference_on_cpu=config.reference_on_cpu,
         config=launch.plain(config),
         overrides=prepared.overrides,
     )
     for logger in parts["logger"]:
         logger.log_hyperparams(module.config)
+    log_reward(parts["logger"], module.reward_record)
     trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
     print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
     announce(module, trainer.strategy.root_device)

@@ -42,7 +42,8 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: where the two files go.
-        every: updates between saves of last.ckpt; it is also saved after the last update and on a clean stop.
+        every: updates between saves of last.ckpt; it is also saved after the last update, on a clean stop, and when
+            an update fails before it has moved a weight, as with a reward service that is gone.
         monitor: metric of best.ckpt, higher is better.
     """
 
@@ -86,6 +87,17 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A stop asked for between two updates comes after the last chance to save."""
         if self.saved_update != pl_module.update:
+            self.save(trainer, self.last)
+            self.saved_update = pl_module.update
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Save the updates that were done before an error; resuming repeats the one that failed, bit for bit.
+
+        A second Ctrl-C saves nothing, since it asks to leave now. Of several processes the others may not know of the
+        error and would be waited for: then last.ckpt stays what it was.
+        """
+        unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
+        if unsaved and pl_module.whole and isinstance(exception, Exception) and trainer.world_size == 1:
             self.save(trainer, self.last)
             self.saved_update = pl_module.update
 

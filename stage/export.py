@@ -144,6 +144,7 @@ def write_card(subjects: Subjects, subject: Subject, folder: Path, form: str, la
         base=base_of(subjects, subject),
         update=subject.update,
         trained_with=subjects.trained_with,
+        reward=subjects.reward,
         form=held,
         usage=USAGE["adapter" if form == "adapter" else layout],
         results=find_results(subject.checkpoint or resolve(subject.path), subject.sha256),

@@ -34,8 +34,9 @@ FIXED = (
     "scheduler.",
 )  # a checkpoint brings these back, whatever a configuration says
 GROUPS = "algorithm model data reward sampler optimizer scheduler trainer logger callbacks"
-SETTINGS = "seed updates group_size gradient_clip reference_on_cpu name output resume"
-KNOWN = {*GROUPS.split(), *SETTINGS.split()}
+SWITCHES = ("reference_on_cpu", "reward_beside_reference", "self_check")
+SETTINGS = "seed updates group_size gradient_clip name output resume"
+KNOWN = {*GROUPS.split(), *SETTINGS.split(), *SWITCHES}
 LONGEST_NAME = 200  # bytes of a file name; file systems take 255
 LEAST = {"group_size": 2, "updates": 1, "seed": 0}  # whole numbers, and the smallest value of each
 
@@ -158,8 +159,9 @@ def check(config: DictConfig) -> None:
     clip = config.gradient_clip
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
         raise ValueError(f"gradient_clip must be a positive number or null; got {clip!r}")
-    if not isinstance(config.reference_on_cpu, bool):
-        raise ValueError(f"reference_on_cpu must be true or false; got {config.reference_on_cpu!r}")
+    for name in SWITCHES:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name} must be true or false; got {config[name]!r}")
 
 
 def resumed(path: str, overrides: Sequence[str]) -> Prepared:
@@ -267,6 +269,11 @@ def fit(trainer: Any, module: Any, resume: str | None) -> None:
     except SystemExit:  # what Lightning makes of a second Ctrl-C
         print(f"abandoned update {module.update + 1}; {resume_line(trainer, module)}", flush=True)
         sys.exit(exit_status(signal.SIGINT))
+    except Exception:
+        if module.update:
+            text = f"failed in update {module.update + 1}; {resume_line(trainer, module)}"
+            print(text, file=sys.stderr, flush=True)
+        raise
     number = next((c.signal_number for c in trainer.callbacks if getattr(c, "signal_number", None)), None)
     if number is not None:
         print(f"stopped after update {module.update}; {resume_line(trainer, module)}", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,13 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(dict(params)), self.folder / "config.yaml")
+
+    @rank_zero_only
+    def write_reward(self, record: Mapping[str, Any]) -> None:
+        """reward.json: the class of the scorer, and revision and sha256 of its weights."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / "reward.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -135,6 +143,15 @@ def csv_and_wandb(
             f"wandb could not start a run ({error}). Log in with `wandb login`, or set logger.mode=offline."
         ) from error
     return [MetricsFile(folder), logger]
+
+
+def log_reward(loggers: Sequence[Any], record: Mapping[str, Any]) -> None:
+    """Keep what the reward is made of (`stage.provenance.scorer_record`): reward.json beside config.yaml, and wandb."""
+    for logger in loggers:
+        if isinstance(logger, MetricsFile):
+            logger.write_reward(record)
+        elif isinstance(logger, WandbLogger):
+            logger.log_hyperparams({"reward_record": dict(record)})
 
 
 def log_image(loggers: Sequence[Any], name: str, file: Path, caption: str, update: int) -> None:

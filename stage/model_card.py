@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stage.provenance import hashes
+
 RESULTS = "results.json"
 # Settings of a training run that a card states, as dotted names of its configuration.
 STATED = (
@@ -28,6 +30,7 @@ def model_card(
     base: Mapping[str, str],
     update: int | None,
     trained_with: Mapping[str, Any] | None,
+    reward: Mapping[str, Any] | None,
     form: str,
     usage: str,
     results: Sequence[Mapping[str, Any]],
@@ -36,7 +39,8 @@ def model_card(
 
     Args:
         base: {"path", "sha256"} of the weights that training started from.
-        update: rollouts done; trained_with: the run's configuration. Both are None for a model without a run.
+        update: rollouts done; trained_with: the run's configuration; reward: what its scorer was made of. All are
+            None for a model without a run.
         form: what the folder holds, in words; usage: Python that loads it.
         results: contents of results.json of evaluations of exactly these weights.
     """
@@ -60,6 +64,9 @@ def model_card(
     lines += ["## Origin", "", f"- base: `{base['path']}`, sha256 `{base['sha256']}`"]
     if trained_with is not None:
         lines += [f"- updates done: {update}", *_training(trained_with)]
+    lines += [
+        f"- weights of the reward: `{file}`, sha256 `{digest}`" for file, digest in hashes(reward or {})
+    ]
     lines += [
         "",
         "## Scores",

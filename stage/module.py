@@ -30,6 +30,7 @@ from stage.objective.objective import merge_metrics
 from stage.optimizer import state_bytes
 from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
+from stage.provenance import changed_files, scorer_record
 from stage.rollout import Collected, Stopwatch, collect, micro_batches, score_part, scored_distribution
 from stage.training_checkpoint import (
     check_base,
@@ -60,6 +61,7 @@ class StageModule(LightningModule):
         seed: of the sampling noise.
         updates: rollouts to do in all, counted from the start of the run and not from a resume.
         base: `{"path", "sha256"}` of the weights the policy was loaded from.
+        reward_beside_reference: compute the reward in a thread while the reference scores, see `stage.rollout.judge`.
         reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 
@@ -82,6 +84,7 @@ class StageModule(LightningModule):
         seed: int,
         updates: int,
         base: Mapping[str, str],
+        reward_beside_reference: bool,
         reference_on_cpu: bool,
         config: Mapping[str, Any],
         overrides: Sequence[str],
@@ -106,15 +109,18 @@ class StageModule(LightningModule):
         self.policy = policy
         # nn.Module registers a module that is assigned to it; inside a tuple it stays out of the tree.
         self._reference = (frozen_reference(policy) if objective.needs_reference else None,)
-        self.reference_on_cpu = reference_on_cpu
+        self.reward_beside_reference, self.reference_on_cpu = reward_beside_reference, reference_on_cpu
         self.sampler, self._scorer, self.objective, self.prompts = sampler, (scorer,), objective, prompts
         self._optimizer, self._scheduler = optimizer, scheduler
         self.group_size, self.gradient_clip = group_size, gradient_clip
         self.seed, self.updates = seed, updates
         self.base, self.config, self.overrides = dict(base), dict(config), list(overrides)
+        self.reward_record = scorer_record(scorer)
         self.update = 0
         self.latest: Metrics = {}  # of the last update; callbacks may add to it before it is logged
         self._random: Mapping[str, Any] | None = None
+        # States of the generators after the last whole update; None while the weights stand between two updates.
+        self._whole: Mapping[str, Any] | None = None
 
     @property
     def reference(self) -> nn.Module | None:
@@ -124,6 +130,15 @@ class StageModule(LightningModule):
     @property
     def scorer(self) -> Scorer:
         return self._scorer[0]
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights, optimizer and schedule are those of `update` whole updates, so that they can be saved.
+
+        False before the first update of a process begins (a checkpoint may be half loaded then), and from the first
+        optimizer step of an update to its end.
+        """
+        return self._whole is not None
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -159,12 +174,14 @@ class StageModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One rollout, its updates, and one row of metrics at x = rollouts done."""
         watch = Stopwatch(self.device)
+        self._whole = random_states()
         with watch("total"):
             collected = self._collect(watch)
             watched = self._watched(collected.rollout)
             metrics = self._learn(collected) | watched
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.update += 1
+        self._whole = random_states()
         images = collected.rollout.tokens.shape[:2].numel()
         self.latest = metrics | self._time_metrics(watch.seconds, images, replayed=collected.scores is None)
         if self.update >= self.updates:
@@ -192,6 +209,7 @@ class StageModule(LightningModule):
             seed=self.seed,
             group_size=self.group_size,
             differentiable=len(rows) == len(columns) == self.objective.updates_per_rollout == 1,
+            beside=self.reward_beside_reference,
             watch=watch,
         )
 
@@ -225,6 +243,7 @@ class StageModule(LightningModule):
             parts.append(metrics)
         check_finite(torch.stack(losses).sum(), "loss", self.update)
         merged = merge_metrics(parts) | self._clip(optimizer)
+        self._whole = None
         optimizer.step()
         return merged
 
@@ -276,14 +295,22 @@ class StageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"policy.{name}" for name in trained_names(self.policy)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint |= {"update": self.update, "base": self.base, "random": random_states()}
-        checkpoint |= {"config": self.config, "overrides": self.overrides}
+        # Those of now hold what an update that failed has drawn.
+        random = random_states() if self._whole is None or not self.trainer.interrupted else self._whole
+        checkpoint |= {"update": self.update, "base": self.base, "random": random}
+        checkpoint |= {"config": self.config, "overrides": self.overrides, "reward": self.reward_record}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError when the checkpoint belongs to other base weights or trained other parameters."""
+        """Raises ValueError when the checkpoint belongs to other base weights or trained other parameters.
+
+        A reward with other weight files is said, and trained on, as a changed setting is.
+        """
         check_base(checkpoint, self.base)
         check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
         self.update, self._random = checkpoint["update"], checkpoint["random"]
+        files = changed_files(checkpoint.get("reward", self.reward_record), self.reward_record)
+        if files and self.trainer.is_global_zero:
+            print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from stage.types import (
     Rollout,
     Samples,
     Scorer,
+    Scores,
     TokenScores,
     map_tensors,
 )
@@ -191,6 +194,7 @@ def collect(
     seed: int,
     group_size: int,
     differentiable: bool,
+    beside: bool,
     watch: Stopwatch,
 ) -> Collected:
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
@@ -198,7 +202,7 @@ def collect(
     The old scores are those of the training path, replayed on the sampled tokens in the same micro-batches as
     the update, so that the first ratio is exactly 1. With `differentiable` that replay keeps its graph and is
     returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
-    forward too. Then `rollout.old` is its detached copy.
+    forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`.
 
     Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
     (`UnusableScores`, with the images).
@@ -211,13 +215,9 @@ def collect(
             sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
         with watch("decode"):
             images, codes = policy.decode(samples.tokens), policy.codes(samples.tokens)
-        with watch("reward"):
-            scores = scorer(images, prompts)
-            check_shape(scores.parts, len(prompts), group_size)
-            check_values(scores, images, prompts, "the scorer")
-        with watch("reference"):
-            drawn = prompt_tokens, samples.tokens, parts, distribution, samples.plans
-            reference_scores = None if reference is None else score_tokens(reference, *drawn)
+        drawn = prompt_tokens, samples.tokens, parts, distribution, samples.plans
+        looks_back = None if reference is None else partial(score_tokens, reference, *drawn)
+        scores, reference_scores = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch)
     with watch("replay"), torch.set_grad_enabled(differentiable):
         live = score_tokens(policy, *drawn)
     rollout = Rollout(
@@ -235,6 +235,56 @@ def collect(
         plan_weight=None if samples.plans is None else sampler.reasoning_weight,
     )
     return Collected(rollout, live if differentiable else None)
+
+
+def judge(
+    scorer: Scorer,
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    looks_back: Callable[[], TokenScores] | None,
+    *,
+    beside: bool,
+    watch: Stopwatch,
+) -> tuple[Scores, TokenScores | None]:
+    """The reward of images `[P, G, H, W, 3]`, and what the reference finds in their tokens.
+
+    With `beside` the scorer runs in a thread of its own meanwhile, which is worth it where it waits for a server or has
+    a device of its own; on one device the two share it, and memory must do for both. The results are the same. Then
+    `reward` is the time that is waited for the scorer after the reference is done, so that parts still add up, and
+    `reward_beside` all of the scorer's time.
+    """
+    if looks_back is None or not beside:
+        with watch("reward"):
+            scores = _reward(scorer, images, prompts)
+        with watch("reference"):
+            return scores, None if looks_back is None else looks_back()
+
+    def timed() -> tuple[Scores, float]:
+        started = time.perf_counter()
+        scores = _reward(scorer, images, prompts)
+        return scores, time.perf_counter() - started
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reward") as pool:
+        running = pool.submit(timed)
+        with watch("reference"):
+            reference_scores = looks_back()
+        with watch("reward"):
+            scores, watch.seconds["reward_beside"] = running.result()
+    return scores, reference_scores
+
+
+def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """Checked scores. The scorer's own dtype counts, not that of training, in whatever thread this is."""
+    device = images.device
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        scores = scorer(images, prompts)
+    check_shape(scores.parts, *images.shape[:2])
+    check_values(scores, images, prompts, "the scorer")
+    return scores
 
 
 def check_shape(parts: Tensor, num_prompts: int, group_size: int) -> None:

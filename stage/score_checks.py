@@ -1,4 +1,7 @@
-"""What scores must be before anything learns from them: finite, and in the range that their scorer states."""
+"""What scores must be before anything learns from them: finite, and in the range that their scorer states.
+
+And what a scorer must know before it is asked at all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage.types import Prompt, Scores
+from stage.types import ChecksItself, Prompt, Scores
 
 SLACK = 1e-4  # share of the width of a range by which rounding may leave it
 
@@ -21,6 +24,22 @@ class UnusableScores(ValueError):
     def __init__(self, message: str, images: Tensor, notes: Sequence[str]) -> None:
         super().__init__(message)
         self.images, self.notes = images, tuple(notes)
+
+
+def check_itself(scorer: object, wanted: bool) -> None:
+    """Let a scorer that can (`ChecksItself`) score pictures with a known answer, unless that is not wanted.
+
+    Raises:
+        ValueError: it gives another answer.
+    """
+    if wanted and isinstance(scorer, ChecksItself):
+        try:
+            scorer.self_check()
+        except ValueError as error:
+            raise ValueError(
+                f"a reward must know the answers of the bundled pictures before it judges others: {error}. Check its "
+                f"weights and settings; self_check=false goes on all the same"
+            ) from error
 
 
 def check_values(scores: Scores, images: Tensor, prompts: Sequence[Prompt], scorer: str) -> None:

@@ -71,13 +71,15 @@ class Subject:
 class Subjects:
     """The base and, unless only the base is meant, the tuned model; `sampler` is the configuration of their sampler.
 
-    `trained_with` is the composed configuration of the training run, None for a model folder.
+    `trained_with` is the composed configuration of the training run, None for a model folder; `reward` is the record
+    of its scorer (`stage.provenance`), None where the checkpoint has none.
     """
 
     base: Subject
     tuned: Subject | None
     sampler: Mapping[str, Any]
     trained_with: Mapping[str, Any] | None
+    reward: Mapping[str, Any] | None = None
 
     @property
     def models(self) -> dict[str, Subject]:
@@ -103,7 +105,8 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     trained = read_training_checkpoint(path)
     model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
     tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]))
-    return Subjects(_folder(_without_adapter(model)), tuned, sampler, trained["config"])
+    base = _folder(_without_adapter(model))
+    return Subjects(base, tuned, sampler, trained["config"], trained.get("reward"))
 
 
 def choose_device(name: str) -> torch.device:

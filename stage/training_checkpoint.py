@@ -8,6 +8,7 @@ A checkpoint is Lightning's file of tensors and plain containers (it loads with 
     overrides   the command line that led to it, a list of strings
     base        {"path", "sha256"} of the weights the policy started from
     random      states of every random number generator
+    reward      class of the scorer and revision and sha256 of its weights (`stage.provenance`); old files lack it
 
 and from which it removes the weights that were never trained: they are those of `base`.
 """

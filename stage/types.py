@@ -217,6 +217,16 @@ class ChecksPrompts(Protocol):
 
 
 @runtime_checkable
+class ChecksItself(Protocol):
+    """A scorer that knows some answers; asked before the first image is drawn, see `stage.score_checks.check_itself`.
+
+    `self_check` raises ValueError saying which picture got what, and what it should have got.
+    """
+
+    def self_check(self) -> None: ...
+
+
+@runtime_checkable
 class TextReader(Protocol):
     """Reads text: uint8 RGB images `[N, H, W, 3]` to the lines of each image, in reading order. Raises when it cannot.
 

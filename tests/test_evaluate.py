@@ -70,6 +70,7 @@ def test_a_checkpoint_beside_its_base(
         assert found["models"][role]["model"]["template"]["name"] == "plain"
         assert found["settings"][role]["template"]["name"] == "plain"
     assert found["models"]["tuned"]["sha256"] == hashlib.sha256(world.checkpoint.read_bytes()).hexdigest()
+    assert found["judge"] == {"class": "tests.benchmarks.example.Bright", "weights": {}}
     assert found["versions"]["torch"] and found["trained_with"]["seed"] == 0
     assert found["command"].endswith(f"checkpoint={world.checkpoint}")
     page = (folder / "report.html").read_text()

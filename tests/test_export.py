@@ -22,7 +22,7 @@ from stage.subject import find_subjects
 from stage.training_checkpoint import read_training_checkpoint, weights_sha256
 from tests.evaluation_world import SAMPLER, World, make_world, model, run_command
 from tests.policy.conftest import PLAIN
-from tests.tiny_training import FROZEN, tiny_module, tiny_trainer
+from tests.tiny_training import FROZEN, Redness, tiny_module, tiny_trainer
 
 ADAPTER = {
     "_target_": "stage.policy.lora.Lora",
@@ -54,7 +54,9 @@ def lora(world: World) -> Path:
         "sampler": SAMPLER,
     }
     base = {"path": str(world.base), "sha256": weights_sha256(world.base)}
-    module = tiny_module(world.base, policy=policy, base=base, config=config, updates=1)
+    scorer: Any = Redness()
+    scorer.provenance = {"path": "hps", "revision": "v1", "sha256": {"hps.pt": "abc"}}
+    module = tiny_module(world.base, policy=policy, base=base, config=config, updates=1, scorer=scorer)
     trainer = tiny_trainer(run)
     trainer.fit(module)
     trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
@@ -177,6 +179,7 @@ def test_the_card(world: World, lora: Path, tmp_path: Path, monkeypatch: pytest.
         "- updates done: 1",
         "- algorithm: beta 0.1",
         "- adapter: LoRA of rank 2, alpha 4.0, on q_proj, up_proj",
+        "- weights of the reward: `weights.hps.pt`, sha256 `abc`",
         "- seed: 3",
         "- model.template.name: plain",
         "- sampler.guidance_scale: 2.0",

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.request",
         "stage.training_checkpoint",
         "stage.optimizer",
+        "stage.provenance",
     ),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
@@ -68,7 +69,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "drawing",
     ),
     "stage.rewards": (
-        "batcher batches grid mentions pixels weights wire",
+        "batcher batches grid known_answers mentions pixels weights wire",
         "grounding tower",
         "*",
         "combine remote service",

@@ -9,7 +9,17 @@ import pytest
 import yaml
 from PIL import Image
 
-from stage.loggers import MetricsFile, csv_and_wandb, finish_wandb, log_image, log_table, read_metrics
+from stage.loggers import (
+    MetricsFile,
+    csv_and_wandb,
+    finish_wandb,
+    log_image,
+    log_reward,
+    log_table,
+    read_metrics,
+)
+
+RECORD = {"class": "a.Reward", "weights": {"path": "w", "revision": None, "sha256": {"w.pt": "abc"}}}
 
 
 def write(folder: Path, *rows: tuple[int, dict[str, float]]) -> None:
@@ -80,6 +90,7 @@ def test_wandb_offline_holds_curves_pictures_and_configuration(
         for logger in loggers:
             logger.log_hyperparams({"seed": 3, "optimizer": {"lr": 0.5}})
             logger.log_metrics({"reward/mean": 0.25}, step=2)
+        log_reward(loggers, RECORD)
         log_image(loggers, "images/grid", picture, "a red square", 2)
         log_table(loggers, "images/plans", ("prompt", "sample", "plan"), [("a red square", 1, "red")], 2)
         run = loggers[1].experiment
@@ -88,6 +99,8 @@ def test_wandb_offline_holds_curves_pictures_and_configuration(
     finally:
         finish_wandb()
     assert config["seed"] == 3 and config["optimizer"] == {"lr": 0.5}
+    assert config["reward_record"] == RECORD
+    assert json.loads((tmp_path / "reward.json").read_text()) == RECORD
     assert summary == {"reward/mean": 0.25, "trainer/global_step": 2}
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (table,) = folder.glob("files/media/table/images/*.json")

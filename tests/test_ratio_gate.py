@@ -39,6 +39,7 @@ def world(base: Path, sampler: Sampler, distribution: str) -> tuple[Any, Rollout
         seed=0,
         group_size=3,
         differentiable=False,
+        beside=False,
         watch=Stopwatch(torch.device("cpu")),
     )
     return module, found.rollout

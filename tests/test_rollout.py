@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
@@ -42,6 +45,7 @@ def rollout(policy: JanusPolicy, sampler: Sampler = PLAIN, **changes: Any) -> Co
         "seed": 5,
         "group_size": 4,
         "differentiable": False,
+        "beside": False,
         "watch": Stopwatch(torch.device("cpu")),
     }
     return collect(policy, **(arguments | changes))
@@ -180,3 +184,86 @@ def test_a_scorer_that_fails_stops_the_rollout(policy: JanusPolicy) -> None:
 
     with pytest.raises(ConnectionError, match="gone"):
         rollout(policy, scorer=fail)
+
+
+class Waiting(Redness):
+    """Redness that takes its time, as a server far away does, and notes in which thread and under what modes."""
+
+    seconds = 0.4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, bool, bool]] = []
+
+    def __call__(self, images: Tensor, prompts: Any) -> Scores:
+        own = threading.current_thread() is threading.main_thread()
+        self.seen.append((own, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        time.sleep(self.seconds)
+        return super().__call__(images, prompts)
+
+
+class SlowReference:
+    """A policy that takes as long as `Waiting` to score."""
+
+    def __init__(self, policy: JanusPolicy) -> None:
+        self.policy = policy
+
+    def score(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(Waiting.seconds)
+        return self.policy.score(*args, **kwargs)
+
+
+def test_a_reward_beside_the_reference_saves_its_time_and_changes_nothing(policy: JanusPolicy) -> None:
+    """Two waits of 0.4 s: one after the other 0.8 s, side by side 0.4 s, and parts that add up to what was waited."""
+    found, watches, walls, scorer = [], [], [], Waiting()
+    for beside in (False, True):
+        watches.append(Stopwatch(torch.device("cpu")))
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            found.append(
+                rollout(
+                    policy, reference=SlowReference(policy), scorer=scorer, beside=beside, watch=watches[-1]
+                )
+            )
+        walls.append(time.perf_counter() - started)
+    after, side = found[0].rollout, found[1].rollout
+    assert torch.equal(after.scores.parts, side.scores.parts) and after.scores.reasons == side.scores.reasons
+    assert after.reference is not None and side.reference is not None
+    assert torch.equal(after.reference.logps, side.reference.logps)
+    assert torch.equal(after.reference.entropy, side.reference.entropy)
+    assert scorer.seen == [(True, False, False), (False, False, False)]
+    assert walls[0] - walls[1] > 0.5 * Waiting.seconds
+    one, two = (watch.seconds for watch in watches)
+    assert one["reward"] >= Waiting.seconds and one["reference"] >= Waiting.seconds
+    assert two["reward"] < 0.5 * Waiting.seconds <= two["reward_beside"]
+    assert sum(seconds for name, seconds in two.items() if name != "reward_beside") <= walls[1]
+
+
+def test_scorers_run_in_their_own_type_in_any_thread(policy: JanusPolicy) -> None:
+    """Under the autocast of a mixed-precision run a scorer multiplies in its own dtype, beside or not."""
+
+    class Product(Redness):
+        def __call__(self, images: Tensor, prompts: Any) -> Scores:
+            found = super().__call__(images, prompts)
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+            return found
+
+    for beside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            rollout(policy, reference=policy, scorer=Product(), beside=beside)
+
+
+def test_what_a_scorer_raises_beside_the_reference_is_raised(policy: JanusPolicy) -> None:
+    class Dead(Redness):
+        def __call__(self, images: Tensor, prompts: Any) -> Scores:
+            raise ConnectionError("no server answers")
+
+    with pytest.raises(ConnectionError, match="no server answers"):
+        rollout(policy, reference=policy, scorer=Dead(), beside=True)
+
+    class Broken:
+        def score(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("the reference is broken")
+
+    with pytest.raises(RuntimeError, match="the reference is broken"):
+        rollout(policy, reference=Broken(), beside=True)

@@ -126,6 +126,8 @@ def test_a_run_leaves_what_it_promises(program: Program, tmp_path: Path) -> None
     assert {"validation/reward", "validation/strict", "validation/strict/counting"} < set(rows[2])
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["seed"] == 4 and config["updates"] == 3 and config["output"] == str(run)
+    reward = json.loads((run / "reward.json").read_text())
+    assert reward == {"class": "tests.tiny_training.Redness", "weights": {}}
     assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     pictures = sorted((run / "images").iterdir())
     assert [file.name for file in pictures] == [f"update_0000{n}.png" for n in (0, 2, 3)]
@@ -237,6 +239,11 @@ MISTAKES = {
     "a missing prompt file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "a missing checkpoint": (["resume=nowhere.ckpt"], "nowhere.ckpt is not one"),
     "no accelerator": (["trainer.accelerator=quantum"], "accelerator"),
+    "a reward that knows nothing": (
+        ["reward._target_=tests.tiny_training.Ignorant"],
+        "must know the answers of the bundled pictures before it judges others: red is not red",
+    ),
+    "a switch that is none": (["self_check=maybe"], "self_check must be true or false; got 'maybe'"),
     "a missing class": (["reward._target_=my_package.Reward"], "my_package"),
 }
 
@@ -333,6 +340,34 @@ def test_a_stopped_run_resumes_to_the_same_end(
     whole, cut = trained(tmp_path / "whole"), trained(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_reward_that_dies_leaves_a_run_to_resume(program: Program, tmp_path: Path) -> None:
+    """It dies in update 4, two updates after the last save would have been due."""
+    rare = (
+        "updates=5",
+        "seed=4",
+        "callbacks.checkpoints.every=50",
+        "reward._target_=tests.tiny_training.Dying",
+    )
+    quiet = ("callbacks.validation=null", "callbacks.images=null")
+    process = program.start(*rare, *quiet, "+reward.at=4", "output=cut")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in output
+    said, error = output.rstrip().splitlines()[-3:-1]
+    assert said.startswith("failed in update 4; update 3 of 5 is saved, go on with: python train.py ")
+    assert said.endswith("resume=cut/checkpoints/last.ckpt") and error == "error: the reward servers are gone"
+    program(*rare, *quiet, "+reward.at=0", "output=whole")
+    program("resume=cut/checkpoints/last.ckpt", "+reward.at=0")
+    whole, cut = trained(tmp_path / "whole"), trained(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+
+
+def test_a_check_that_is_not_wanted_asks_nothing(program: Program) -> None:
+    output = program("updates=1", "reward._target_=tests.tiny_training.Ignorant", "self_check=false")
+    assert output.splitlines()[-1].startswith("1 updates done")
 
 
 @pytest.mark.slow

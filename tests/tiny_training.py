@@ -62,6 +62,28 @@ class Redness:
         return Scores(parts, ("red", "strict"), (1.0, 0.0), reasons)
 
 
+class Ignorant(Redness):
+    """A scorer that fails its own check."""
+
+    def self_check(self) -> None:
+        raise ValueError("red is not red")
+
+
+class Dying(Redness):
+    """Fails in its call number `at`, counted from 1."""
+
+    def __init__(self, noise: float, at: int) -> None:
+        super().__init__(noise)
+        self.at, self.calls = at, 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        self.calls += 1
+        found = super().__call__(images, prompts)
+        if self.calls == self.at:
+            raise ConnectionError("the reward servers are gone")
+        return found
+
+
 def objective(name: str = "grpo", **changes: Any) -> Any:
     """The objective of conf/algorithm/NAME.yaml with some values changed."""
     config = OmegaConf.load(ROOT / "conf" / "algorithm" / f"{name}.yaml")
@@ -95,6 +117,7 @@ def tiny_module(folder: Path, **changes: Any) -> StageModule:
         "seed": 0,
         "updates": 3,
         "base": {"path": str(folder), "sha256": weights_sha256(folder)},
+        "reward_beside_reference": False,
         "reference_on_cpu": False,
         "config": {"updates": 3},
         "overrides": [],

@@ -18,6 +18,7 @@ from stage.benchmarks.evaluation import Candidate, Judged, Tables
 from stage.benchmarks.images import write_atomic
 from stage.benchmarks.intervals import OVERALL
 from stage.benchmarks.shapes import ShapesBenchmark
+from stage.provenance import scorer_record
 
 FORMAT = 1  # of results.json
 RESULTS = "results.json"
@@ -49,6 +50,7 @@ def compose_results(
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": provenance.command(),
+        "judge": scorer_record(benchmark.scorer),
         "models": {item.role: dict(item.record) for item in candidates},
         "settings": {item.role: dict(item.settings) for item in candidates},
         "config": dict(config),

@@ -121,7 +121,9 @@ def _words(picture: Path) -> str | None:
 def _provenance(results: Mapping[str, Any]) -> str:
     """Models, versions and commit, as YAML."""
     kept = {
-        key: results[key] for key in ("models", "settings", "versions", "git", "timing") if key in results
+        key: results[key]
+        for key in ("models", "settings", "judge", "versions", "git", "timing")
+        if key in results
     }
     return yaml.safe_dump(json.loads(json.dumps(kept)), sort_keys=False, allow_unicode=True)
 

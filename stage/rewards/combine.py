@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stage.provenance import weights_of
 from stage.score_checks import UnusableScores, check_values
-from stage.types import ChecksPrompts, Prompt, Scorer, Scores
+from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer, Scores
 
 
 class Gate(Protocol):
@@ -77,8 +78,8 @@ class Combine:
     @property
     def provenance(self) -> dict[str, Any]:
         """What results record of each scorer that has weights, by its name."""
-        found = {name: getattr(scorer, "provenance", None) for name, scorer in self.scorers.items()}
-        return {name: dict(record) for name, record in found.items() if record is not None}
+        found = {name: weights_of(scorer) for name, scorer in self.scorers.items()}
+        return {name: record for name, record in found.items() if record}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt that one of the scorers cannot score, with the scorer's name."""
@@ -86,6 +87,15 @@ class Combine:
             if isinstance(scorer, ChecksPrompts):
                 try:
                     scorer.check(prompts)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+    def self_check(self) -> None:
+        """Raises ValueError where one of the scorers does not know its answers, with the scorer's name."""
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, ChecksItself):
+                try:
+                    scorer.self_check()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, weights
+from stage.rewards import grid, known_answers, weights
 from stage.rewards.batches import Batches
 from stage.rewards.grounding import Boxes, Rules, caption
 from stage.rewards.mentions import Mentions, read_mentions
@@ -76,6 +76,10 @@ class GDinoReward:
         for prompt in prompts:
             self._mentions(prompt)
 
+    def self_check(self) -> None:
+        """Raises ValueError unless a noun of a bundled picture is found there with more probability than elsewhere."""
+        known_answers.require_own_picture(self._surest, "gdino")
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts with nouns to one part `[P, G, 1]`.
 
@@ -93,6 +97,16 @@ class GDinoReward:
             seen = ", ".join(f"{noun} {len(boxes[noun])}" for noun in dict.fromkeys(asked.nouns))
             reasons.append(f"boxes: {seen}" if seen else "no nouns")
         return grid.fold(torch.tensor(values), images, prompts, reasons, (0.0, 1.0), "gdino")
+
+    def _surest(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The highest probability of a box of the first noun, `[P, G]`, whatever the threshold is."""
+        group = images.shape[1]
+        asked = [self._mentions(prompt) for prompt in prompts for _ in range(group)]
+        pictures = images.flatten(0, 1)
+        rows = self.batches.run(
+            lambda batch: self._forward(pictures, asked, batch, 1), list(range(len(asked)))
+        )
+        return rows[..., 4].amax(1).reshape(-1, group)
 
     def _mentions(self, prompt: Prompt) -> Mentions:
         mentions = read_mentions(prompt)

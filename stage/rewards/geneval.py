@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stage.geneval import Colors, Judge, Ruling
+from stage.provenance import weights_of
 from stage.request import Request, parse_request
+from stage.rewards import known_answers
 from stage.types import (
     BatchColorClassifier,
     ColorClassifier,
@@ -26,6 +29,8 @@ from stage.types import (
 
 PARTIAL = ("bounded", "released")
 PARTS = ("partial", "strict", "correct")
+# Bundled pictures, the class of the one object in each, and its colour: of COCO, and of the embedded world.
+KNOWN_ANSWERS = (("stop_sign.png", "stop sign", "red"), ("red_circle.png", "circle", "red"))
 
 
 class GenEvalReward:
@@ -82,10 +87,44 @@ class GenEvalReward:
         self.weights = tuple(float(weight) for weight in weights.values())
         self.judge = Judge(threshold, counting_threshold, max_objects, nms_threshold, position_margin)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What results record of the detector and the colour classifier, where they have weights."""
+        parts: dict[str, Any] = {"detector": self.detector}
+        if self.color_classifier is not self.detector:
+            parts["color_classifier"] = self.color_classifier
+        found = {name: weights_of(part) for name, part in parts.items()}
+        return {name: record for name, record in found.items() if record}
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
         for prompt in prompts:
             self._request(prompt)
+
+    def self_check(self) -> None:
+        """Raises ValueError unless a bundled picture is right, and plain grey wrong, alone and side by side.
+
+        A detector that names its classes is shown what it can find; of one that does not no answer is known.
+        """
+        names = self.detector.class_names if isinstance(self.detector, NamesClasses) else ()
+        for file, name, color in KNOWN_ANSWERS:
+            if name in names:
+                self._know(file, {"tag": "colors", "include": [{"class": name, "count": 1, "color": color}]})
+
+    def _know(self, file: str, metadata: Mapping[str, Any]) -> None:
+        request, shown = parse_request(metadata), known_answers.picture(file)
+        pair = torch.stack([shown, known_answers.grey(len(shown))]).numpy()
+        batches = (pair, pair[:1], pair[1:])
+        right, wrong, alone, nothing = (
+            ruling for batch in batches for ruling in self._rule([request] * len(batch), batch)
+        )
+        for ruling in (right, alone):
+            if not ruling.correct:
+                raise ValueError(f"the detector must judge {file} right; it is wrong: {ruling.strict_reason}")
+        if wrong.correct or nothing.correct:
+            raise ValueError(
+                f"the detector must find nothing in plain grey; it finds a {metadata['include'][0]['class']}"
+            )
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to parts `[P, G, R]` on the same device; R weights.
@@ -105,11 +144,8 @@ class GenEvalReward:
             )
         requests = [self._request(prompt) for prompt in prompts]
         pictures = images.flatten(0, 1).cpu().numpy()
-        found = self._detect(pictures)
         group = images.shape[1]
-        asked = [requests[i // group] for i in range(len(pictures))]
-        colors = self._colors(asked, pictures, found)
-        rulings = [self.judge.rule(*row) for row in zip(asked, found, colors, strict=True)]
+        rulings = self._rule([requests[i // group] for i in range(len(pictures))], pictures)
         values = torch.tensor([self._values(ruling) for ruling in rulings], device=images.device)
         reasons = [_reason(ruling) for ruling in rulings]
         return Scores(
@@ -119,6 +155,12 @@ class GenEvalReward:
             reasons=tuple(tuple(reasons[p * group : (p + 1) * group]) for p in range(len(prompts))),
             ranges=tuple(self._range(name) for name in self.names),
         )
+
+    def _rule(self, requests: Sequence[Request], pictures: np.ndarray) -> list[Ruling]:
+        """The verdict on each picture `[N, H, W, 3]` about its request."""
+        found = self._detect(pictures)
+        colors = self._colors(requests, pictures, found)
+        return [self.judge.rule(*row) for row in zip(requests, found, colors, strict=True)]
 
     def _request(self, prompt: Prompt) -> Request:
         """What the prompt asks for, if this detector and classifier can tell."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, weights
+from stage.rewards import grid, known_answers, weights
 from stage.rewards.batches import Batches
 from stage.rewards.mentions import Mentions, read_mentions
 from stage.rewards.pixels import from_processor
@@ -59,6 +59,10 @@ class GITReward:
         grid.check_texts(prompts)
         for prompt in prompts:
             read_mentions(prompt)
+
+    def self_check(self) -> None:
+        """Raises ValueError where the bundled pictures get other than what they must get."""
+        known_answers.require_own_picture(known_answers.totals(self), "git")
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts with nouns to one part `[P, G, 1]`.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from stage.rewards import grid
+from stage.rewards import grid, known_answers
 from stage.rewards.tower import shared_tower
 from stage.rewards.weights import Home
 from stage.types import Prompt, Scores
@@ -41,6 +41,10 @@ class HPSReward:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
         grid.check_texts(prompts)
+
+    def self_check(self) -> None:
+        """Raises ValueError where the bundled pictures get other than what they must get."""
+        known_answers.require_own_words(known_answers.totals(self), "hps")
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage.rewards import grid, weights
+from stage.rewards import grid, known_answers, weights
 from stage.rewards.batches import Batches
 from stage.rewards.pixels import CLIP_MEAN, CLIP_STD, Pixels
 from stage.types import Prompt, Scores
@@ -148,6 +148,10 @@ class ImageRewardReward:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
         grid.check_texts(prompts)
+
+    def self_check(self) -> None:
+        """Raises ValueError where the bundled pictures get other than what they must get."""
+        known_answers.require_own_words(known_answers.totals(self), "imagereward")
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.

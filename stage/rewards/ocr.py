@@ -74,7 +74,7 @@ class OcrReward:
             weight 0 is logged only.
 
     Raises:
-        ValueError: for weights that no part has, or an engine that cannot read two pictures of known text.
+        ValueError: for weights that no part has.
     """
 
     def __init__(
@@ -94,7 +94,6 @@ class OcrReward:
         self.names = tuple(weights)
         self.weights = tuple(float(weight) for weight in weights.values())
         self.reader: TextReader = TextPool(reader, processes) if processes else reader()
-        self.self_check()
 
     @property
     def provenance(self) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, weights
+from stage.rewards import grid, known_answers, weights
 from stage.rewards.batches import Batches
 from stage.rewards.pixels import Pixels
 from stage.types import Prompt, Scores
@@ -88,6 +88,10 @@ class ORMReward:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
         grid.check_texts(prompts)
+
+    def self_check(self) -> None:
+        """Raises ValueError where the bundled pictures get other than what they must get."""
+        known_answers.require_own_words(known_answers.totals(self), "orm")
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.

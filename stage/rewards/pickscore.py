@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, weights
+from stage.rewards import grid, known_answers, weights
 from stage.rewards.batches import Batches
 from stage.rewards.pixels import from_processor
 from stage.types import Prompt, Scores
@@ -47,6 +47,10 @@ class PickScoreReward:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first prompt that cannot be scored, whatever its images show."""
         grid.check_texts(prompts)
+
+    def self_check(self) -> None:
+        """Raises ValueError where the bundled pictures get other than what they must get."""
+        known_answers.require_own_words(known_answers.totals(self), "pickscore")
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`.

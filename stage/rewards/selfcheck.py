@@ -17,35 +17,12 @@ import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from stage import paths
-from stage.types import Prompt, Scorer
-
-ASSETS = "package://stage/rewards/assets"
-# Each prompt scores its own picture first and the other one second.
-PICTURES = ("stop_sign.png", "sports_ball.png")
-PROMPTS = (
-    Prompt(
-        0,
-        'a red stop sign that says "STOP"',
-        {"tag": "colors", "include": [{"class": "stop sign", "count": 1, "color": "red"}]},
-    ),
-    Prompt(
-        1,
-        'an orange sports ball below the word "BALL"',
-        {"tag": "colors", "include": [{"class": "sports ball", "count": 1, "color": "orange"}]},
-    ),
-)
-
-
-def pictures() -> Tensor:
-    """The images uint8 `[2, 2, 384, 384, 3]` of the two prompts: their own picture and the other's."""
-    from PIL import Image
-
-    folder = paths.resolve(ASSETS)
-    one, two = (torch.from_numpy(np.array(Image.open(folder / name).convert("RGB"))) for name in PICTURES)
-    return torch.stack([torch.stack([one, two]), torch.stack([two, one])])
+from stage.provenance import hashes
+from stage.rewards.known_answers import ASSETS, PROMPTS, pictures
+from stage.score_checks import check_itself
+from stage.types import Scorer
 
 
 def scores(scorer: Scorer) -> list[list[float]]:
@@ -78,14 +55,9 @@ def key(scorer: Any) -> str:
             f"a selfcheck is for a reward with weights, {type(scorer).__name__} names none; check the scorers of "
             f"a combination one by one"
         )
-    found = hashlib.sha256("\n".join(sorted(_hashes(provenance))).encode()).hexdigest()
+    files = sorted(digest for _, digest in hashes(provenance))
+    found = hashlib.sha256("\n".join(files).encode()).hexdigest()
     return f"{type(scorer).__name__}:{found}"
-
-
-def _hashes(provenance: Mapping[str, Any]) -> list[str]:
-    """Every file hash, those of towers and tokenizers too."""
-    inner = [value for name, value in provenance.items() if name != "sha256" and isinstance(value, Mapping)]
-    return [*provenance.get("sha256", {}).values(), *(found for value in inner for found in _hashes(value))]
 
 
 def compare(found: list[list[float]], expected: list[list[float]], tolerance: float) -> None:
@@ -120,7 +92,9 @@ def check(scorer: Scorer, config: Mapping[str, Any]) -> str:
     if own is not None and not config["record"] and not own.is_file():
         raise ValueError(f"a table is a file, there is no {own}; record it first with record=true")
     mine = {} if own is None else read_table(own)
-    name, found = key(scorer), scores(scorer)
+    name = key(scorer)
+    check_itself(scorer, wanted=True)
+    found = scores(scorer)
     lines = [
         f"{prompt.text}: {row[0]:.4f} for its picture, {row[1]:.4f} for the other"
         for prompt, row in zip(PROMPTS, found, strict=True)

@@ -27,12 +27,14 @@ def serve(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from stage.rewards.service import Limits, Service, build_app, check_exposure, scorer_identity
+    from stage.score_checks import check_itself
 
     launch.quiet_libraries()
     token = find_token(config.token, bool(config.authentication))
     check_exposure(config.host, token)
     limits = Limits(**config.limits)
     scorer = instantiate(config.reward)
+    check_itself(scorer, config.self_check)
     plain = OmegaConf.to_container(config.reward, resolve=True)
     assert isinstance(plain, dict)
     reward = str(HydraConfig.get().runtime.choices["reward"])

@@ -19,6 +19,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from stage.provenance import weights_of
 from stage.rewards.batcher import Batcher, Overloaded
 from stage.rewards.wire import (
     VERSION,
@@ -69,7 +70,7 @@ class Limits:
 
 def scorer_identity(config: Mapping[str, Any], scorer: Scorer) -> str:
     """sha256 over what the scorer computes: its configuration and the weights it says it read."""
-    content = {"config": config, "provenance": dict(getattr(scorer, "provenance", {}))}
+    content = {"config": config, "provenance": weights_of(scorer)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -256,8 +257,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/about", responses={401: errors[401]})
     def about() -> About:
-        provenance = json.loads(json.dumps(dict(getattr(service.scorer, "provenance", {})), default=str))
-        return About(version=VERSION, scorer=service.identity, reward=service.reward, provenance=provenance)
+        found = weights_of(service.scorer)
+        return About(version=VERSION, scorer=service.identity, reward=service.reward, provenance=found)
 
     @app.post("/v1/check", responses=errors)
     def check(body: CheckRequest) -> Checked:

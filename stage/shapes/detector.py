@@ -8,6 +8,7 @@ not count.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +74,10 @@ class ShapeDetector:
             )
         self.threshold = threshold
         self.device = torch.device(device)
-        self.net = _load(resolve(weights)).to(self.device)
+        file = resolve(weights)
+        self.net = _load(file).to(self.device)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.provenance = {"path": weights, "revision": None, "sha256": {file.name: digest}}
         # The colour maps of the pictures looked at last: a judge asks for objects first, then for their colours.
         self._seen: dict[bytes, Tensor] = {}
 

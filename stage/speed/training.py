@@ -226,6 +226,7 @@ def _step(
         seed=0,
         group_size=images,
         differentiable=True,
+        beside=False,
         watch=meter,
     )
     assert collected.scores is not None

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage.types import ChecksPrompts, Prompt, Scorer, TextReader
+from stage.score_checks import check_itself
+from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer, TextReader
 
 pytest.importorskip("rapidfuzz", reason="the extra `ocr` is not installed")
 
@@ -20,10 +21,10 @@ WEIGHTS = {"ocr": 1.0, "strict": 0.0}
 
 
 class Told:
-    """Reads what it is told, after the two pictures of the self-check; keeps the pictures it was given."""
+    """Reads what it is told; keeps the pictures it was given."""
 
     def __init__(self, answers: Sequence[tuple[str, ...]] = ()) -> None:
-        self.answers: list[tuple[str, ...]] = [("STAGE",), ("CAT",), *answers]
+        self.answers: list[tuple[str, ...]] = list(answers)
         self.provenance: dict[str, Any] = {"engine": "told"}
         self.given: list[np.ndarray] = []
 
@@ -155,7 +156,6 @@ def test_one_prompt_a_group() -> None:
         ({"weights": {"ocr": float("nan")}}, "finite"),
         ({"processes": -1}, "got -1"),
         ({"processes": True}, "got True"),
-        ({"reader": lambda: Blind()}, r"black 'STAGE' on white in 384 pixels .* read \[\]"),
     ],
 )
 def test_what_is_refused_when_it_is_built(changes: dict[str, Any], words: str) -> None:
@@ -164,9 +164,16 @@ def test_what_is_refused_when_it_is_built(changes: dict[str, Any], words: str) -
         OcrReward(**(arguments | changes))
 
 
-class Blind(Told):
-    def read(self, images: np.ndarray) -> list[tuple[str, ...]]:
-        return [() for _ in images]
+def test_an_engine_that_reads_nothing_is_refused_before_training() -> None:
+    good = reward(("STAGE",), ("CAT",))
+    assert isinstance(good, ChecksItself)
+    check_itself(good, True)
+    blind = reward((), ())
+    check_itself(blind, False)
+    with pytest.raises(
+        ValueError, match=r"black 'STAGE' on white in 384 pixels .* read \[\].*self_check=false"
+    ):
+        check_itself(blind, True)
 
 
 # --- Real weights
@@ -180,7 +187,8 @@ def real(side: int = 256) -> TextReader:
 
 
 def test_real_weights_read_small_and_large_signs() -> None:
-    scorer = OcrReward(real, 0, WEIGHTS)  # the self-check reads 384 and 96 pixels
+    scorer = OcrReward(real, 0, WEIGHTS)
+    scorer.self_check()  # reads 384 and 96 pixels
     assert set(scorer.provenance["sha256"]) == {"PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"}
     images = torch.from_numpy(np.stack([np.asarray(written(word, 64)) for word in ("DOG", "QX", "DIG", "")]))
     scores = scorer(images[None], [Prompt(1, 'a sign that says "DOG"')])
