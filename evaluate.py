@@ -23,53 +23,44 @@ def main(config: DictConfig) -> None:
 
 
 def evaluate(config: DictConfig) -> None:
-    """Draw what is missing, score what is there, write results.json and report.html."""
+    """Draw what is missing, score what is there, write results.json and report.html of each benchmark."""
     # Imported here, so that --help and mistakes on the command line are answered at once.
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
     from rich.console import Console
 
-    from stage.benchmarks.evaluation import add_up, draw_missing, open_folders, score
-    from stage.benchmarks.layout import lay_out
-    from stage.benchmarks.results import compose_results, print_scores, write_results
-    from stage.prompt_files import check_prompts
+    from stage.benchmarks import jobs as plan
+    from stage.benchmarks.scoring import score_job
+    from stage.benchmarks.share import local_device, share_of
     from stage.report.page import write_report
-    from stage.score_checks import check_itself
     from stage.subject import choose_device, find_subjects
 
     launch.quiet_libraries()
-    console, device = Console(), choose_device(config.device)
-    subjects = find_subjects(config, HydraConfig.get().overrides.task)
-    benchmark, bootstrap = instantiate(config.benchmark), instantiate(config.intervals)
-    check_prompts(
-        benchmark.scorer, {f"benchmark.splits.{name}": benchmark.prompts(name) for name in config.splits}
-    )
-    check_itself(benchmark.scorer, config.self_check)
-    sampler = instantiate(subjects.sampler)
-    candidates = lay_out(subjects.models, subjects.sampler, config.seed, device, config.output)
+    share, overrides = share_of(), HydraConfig.get().overrides.task
+    console, device = Console(quiet=not share.first), choose_device(local_device(config.device))
+    configs = plan.configurations(config, overrides)
+    subjects = None if config.images is not None else find_subjects(config, overrides)
+    bootstrap = instantiate(config.intervals)
+    benchmarks = [plan.open_benchmark(each) for each in configs]
     # All folders are checked before the first image is drawn.
-    folders = [open_folders(candidate, benchmark, config.splits) for candidate in candidates]
-    judged, timing = [], {}
-    for candidate, images in zip(candidates, folders, strict=True):
-        role = candidate.role
-        timing[role] = draw_missing(candidate, images, sampler, batch_size=config.batch_size, console=console)
-        judged += score(candidate, images, benchmark, batch_size=config.batch_size, console=console)
-    scores = add_up(judged, benchmark, config.splits, bootstrap)
-    output = candidates[-1].folder
-    content = compose_results(
-        benchmark=benchmark,
-        candidates=candidates,
-        config=launch.plain(config),
-        trained_with=subjects.trained_with,
-        timing=timing,
-        scores=scores,
-        judged=judged,
-        source=Path(__file__).parent,
-    )
-    results = write_results(output, content)
-    report = write_report(output)
-    print_scores(scores, benchmark.headline, bootstrap.confidence, console)
-    print(f"results in {launch.short(results)}, page in {launch.short(report)}", flush=True)
+    if subjects is None:
+        jobs = [plan.of_images(*pair) for pair in zip(configs, benchmarks, strict=True)]
+        timing = [{} for _ in jobs]
+    else:
+        sampler = instantiate(subjects.sampler)
+        jobs = [plan.of_models(*pair, subjects, device) for pair in zip(configs, benchmarks, strict=True)]
+        timing = plan.draw_all(jobs, sampler, batch_size=config.batch_size, console=console, share=share)
+    if not share.first:
+        return
+    share.wait(lambda: plan.missing(jobs), config.patience_seconds)
+    if not config.score:
+        folders = ", ".join(launch.short(item.folder) for job in jobs for item in job.candidates)
+        print(f"images in {folders}; the same command without score=false scores them", flush=True)
+        return
+    for job, spent in zip(jobs, timing, strict=True):
+        results = score_job(job, subjects, spent, bootstrap, Path(__file__).parent, console)
+        report = write_report(job.output)
+        print(f"results in {launch.short(results)}, page in {launch.short(report)}", flush=True)
 
 
 if __name__ == "__main__":

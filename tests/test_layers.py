@@ -75,7 +75,15 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "combine remote service",
         "selfcheck serve",
     ),
-    "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
+    "stage.benchmarks": (
+        "images intervals provenance categories published lists fetch",
+        "benchmark share outside",
+        "shapes generate",
+        "evaluation",
+        "layout results",
+        "jobs",
+        "scoring",
+    ),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
     "stage.speed": ("models machine", "rollout", "plain_step", "training", "__main__"),
     "stage.shapes": (

@@ -27,10 +27,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from stage.benchmarks.benchmark import Benchmark, Verdict
 from stage.benchmarks.generate import draw
-from stage.benchmarks.images import ImageFolder
+from stage.benchmarks.images import ImageFolder, Images
 from stage.benchmarks.intervals import Bootstrap
-from stage.benchmarks.shapes import ShapesBenchmark, Verdict
+from stage.benchmarks.share import WHOLE, Share
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
 
@@ -39,10 +40,10 @@ Tables = dict[str, dict[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate.
+    """A model to evaluate, or images of another program, whose `load` is never called.
 
     Args:
-        role: `base` or `tuned`.
+        role: `base` or `tuned`; `images` for those of another program that stand alone.
         folder: where its images lie, a subfolder for each split.
         settings: plain values its images depend on; must hold `checkpoint` and `seed`.
         record: what results.json says about it.
@@ -76,17 +77,12 @@ class Judged:
 
 
 def open_folders(
-    candidate: Candidate, benchmark: ShapesBenchmark, splits: Sequence[str]
+    candidate: Candidate, benchmark: Benchmark, splits: Sequence[str] | None
 ) -> dict[str, ImageFolder]:
     """The image folder of each split.
 
     Raises ValueError for no split or an unknown one, and for a folder that holds images of other settings.
     """
-    if not splits:
-        raise ValueError(
-            f"an evaluation needs at least one of {', '.join(benchmark.splits)}; "
-            f"give splits=[{next(iter(benchmark.splits))}]"
-        )
     return {
         split: ImageFolder(
             candidate.folder / split,
@@ -94,7 +90,7 @@ def open_folders(
             benchmark.prompts(split),
             benchmark.images_per_prompt,
         )
-        for split in splits
+        for split in benchmark.chosen(splits)
     }
 
 
@@ -105,6 +101,7 @@ def draw_missing(
     *,
     batch_size: int,
     console: Console,
+    share: Share = WHOLE,
 ) -> dict[str, float]:
     """Stage one: draw what is not there yet; return the number of `images` made and the `seconds` it took.
 
@@ -112,11 +109,12 @@ def draw_missing(
 
     Args:
         batch_size: images drawn at once; moves the speed and the memory, not the images.
+        share: of the images, for this process; the numbers are those of the share.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least one image, got {batch_size}; 64 suits two cores")
-    planned = sum(len(folder.planned) for folder in folders.values())
-    missing = sum(len(folder.missing()) for folder in folders.values())
+    planned = sum(len(share.of(folder.planned)) for folder in folders.values())
+    missing = sum(len(share.of(folder.missing())) for folder in folders.values())
     if not missing:
         console.print(f"{candidate.role}: all {planned} images are there already")
         return {"images": 0, "seconds": 0.0}
@@ -125,14 +123,14 @@ def draw_missing(
     started = time.perf_counter()
     with _progress(f"{candidate.role}: drawing", planned, planned - missing, console) as advance:
         for folder in folders.values():
-            draw(policy, sampler, folder, batch_size=batch_size, drawn=advance)
+            draw(policy, sampler, folder, batch_size=batch_size, drawn=advance, share=share)
     return {"images": missing, "seconds": time.perf_counter() - started}
 
 
 def score(
     candidate: Candidate,
-    folders: Mapping[str, ImageFolder],
-    benchmark: ShapesBenchmark,
+    folders: Mapping[str, Images],
+    benchmark: Benchmark,
     *,
     batch_size: int,
     console: Console,
@@ -170,40 +168,58 @@ def score(
 
 
 def add_up(
-    judged: Sequence[Judged], benchmark: ShapesBenchmark, splits: Sequence[str], bootstrap: Bootstrap
+    judged: Sequence[Judged], benchmark: Benchmark, splits: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, Tables]:
     """Scores by split, part and task: `{"validation": {"strict": {"colors": {"base": {mean, low, high}, ...}}}}`.
 
-    Each row has one entry a role and, where both are there, `difference`: tuned minus base, paired by prompt.
+    Each row has one entry a role and, where both are there, `difference`: tuned minus base, paired by prompt; and
+    `win_rate` where the benchmark asks for it.
     """
-    roles = list(dict.fromkeys(item.role for item in judged))
     parts = list(judged[0].verdict.parts)
-    scores: dict[str, Tables] = {}
-    for split in splits:
-        prompts = benchmark.prompts(split)
-        scores[split] = {}
-        for part in parts:
-            tasks = {
-                role: benchmark.by_task(prompts, _prompt_means(judged, role, split, part, len(prompts)))
-                for role in roles
-            }
-            columns = {role: bootstrap.table(groups) for role, groups in tasks.items()}
-            if {"base", "tuned"} <= columns.keys():
-                columns["difference"] = bootstrap.paired(tasks["base"], tasks["tuned"])
-            rows = next(iter(columns.values()))
-            scores[split][part] = {
-                task: {column: asdict(table[task]) for column, table in columns.items()} for task in rows
-            }
-    return scores
+    return {
+        split: {
+            part: _table([item for item in judged if item.split == split], benchmark, split, part, bootstrap)
+            for part in parts
+        }
+        for split in splits
+    }
 
 
-def _prompt_means(judged: Sequence[Judged], role: str, split: str, part: str, prompts: int) -> list[float]:
-    """The mean of `part` over the images of each prompt, in file order."""
+def _table(
+    judged: Sequence[Judged], benchmark: Benchmark, split: str, part: str, bootstrap: Bootstrap
+) -> dict[str, dict[str, Any]]:
+    """The rows of one split and part."""
+    prompts = benchmark.prompts(split)
+    values = {
+        role: _prompt_values([item for item in judged if item.role == role], part, len(prompts))
+        for role in dict.fromkeys(item.role for item in judged)
+    }
+    means = {role: [float(np.mean(group)) for group in groups] for role, groups in values.items()}
+    tasks = {role: benchmark.by_task(prompts, found) for role, found in means.items()}
+    overall = {role: benchmark.overall(tasks[role], found) for role, found in means.items()}
+    columns = {role: bootstrap.table(groups, overall[role]) for role, groups in tasks.items()}
+    if {"base", "tuned"} <= columns.keys():
+        both = (overall["base"], overall["tuned"])
+        columns["difference"] = bootstrap.paired(tasks["base"], tasks["tuned"], both)
+        if benchmark.win_rate:
+            wins = [win_rate(*pair) for pair in zip(values["base"], values["tuned"], strict=True)]
+            rows = benchmark.by_task(prompts, wins)
+            columns["win_rate"] = bootstrap.table(rows, benchmark.overall(rows, wins))
+    found_rows = next(iter(columns.values()))
+    return {task: {column: asdict(table[task]) for column, table in columns.items()} for task in found_rows}
+
+
+def win_rate(base: Sequence[float], tuned: Sequence[float]) -> float:
+    """The share of pairs in which tuned is above base, in [0, 1]; an equal pair counts half."""
+    return float(np.mean((np.sign(np.subtract(tuned, base)) + 1) / 2))
+
+
+def _prompt_values(judged: Sequence[Judged], part: str, prompts: int) -> list[list[float]]:
+    """The values of `part` of the images of each prompt, in file order, samples in order."""
     values: list[list[float]] = [[] for _ in range(prompts)]
-    for item in judged:
-        if item.role == role and item.split == split:
-            values[item.index].append(item.verdict.parts[part])
-    return [float(np.mean(group)) for group in values]
+    for item in sorted(judged, key=lambda item: item.sample):
+        values[item.index].append(item.verdict.parts[part])
+    return values
 
 
 class _Speed(ProgressColumn):

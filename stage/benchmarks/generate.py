@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 
 from stage.benchmarks.images import ImageFolder, Planned
+from stage.benchmarks.share import WHOLE, Share
 from stage.policy import drawing
 from stage.policy.janus import JanusPolicy
 from stage.policy.plans import plan_texts
@@ -29,18 +30,20 @@ def draw(
     *,
     batch_size: int,
     drawn: Callable[[int], None],
+    share: Share = WHOLE,
 ) -> int:
     """Draw and save the missing images of `folder`; return how many were made.
 
     Args:
         batch_size: images drawn at once, at least 1.
         drawn: called with the number of images after each batch is on disk.
+        share: of the images, for this process.
     """
     texts = {item.index: item.prompt for item in folder.planned}
     tokens = drawing.tokenize(policy, sampler, [texts[index] for index in sorted(texts)])
     row = {index: position for position, index in enumerate(sorted(texts))}
     made = 0
-    for batch in _batches(folder.missing(), batch_size):
+    for batch in _batches(share.of(folder.missing()), batch_size):
         rows = torch.tensor([row[group[0].index] for group in batch], device=tokens.ids.device)
         prompt = map_tensors(tokens, lambda tensor, rows=rows: tensor[rows])
         samples = drawing.draw(policy, sampler, prompt, _noise(policy, sampler, batch))

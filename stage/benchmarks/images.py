@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -45,6 +45,19 @@ class Planned:
     checkpoint: str
     metadata: Mapping[str, Any]
     plan: str | None = None
+
+
+class Images(Protocol):
+    """The images of one model on one split, as scoring sees them, wherever they come from."""
+
+    folder: Path
+    planned: tuple[Planned, ...]
+
+    def missing(self) -> tuple[Planned, ...]: ...
+
+    def load(self, item: Planned) -> np.ndarray: ...
+
+    def load_plan(self, item: Planned) -> str | None: ...
 
 
 class ImageFolder:
@@ -111,15 +124,9 @@ class ImageFolder:
 
     def load(self, item: Planned) -> np.ndarray:
         """The uint8 image `[H, W, 3]`. Raises ValueError for a missing or unreadable file."""
-        path = self.folder / item.file
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as either
-            raise ValueError(
-                f"every planned image must be readable, but {path} is not ({error}); delete it and run the same "
-                "command again to draw it anew"
-            ) from error
+        return load_picture(
+            self.folder / item.file, "delete it and run the same command again to draw it anew"
+        )
 
     def _agree(self, settings: str, lines: Mapping[str, str]) -> dict[str, str]:
         """The lines of the old manifest and of the new plan, by file; ValueError where they contradict each other."""
@@ -152,6 +159,17 @@ class ImageFolder:
             f"{self.folder} holds images of another evaluation ({reason}); give another folder with output=FOLDER, "
             "or remove this one"
         )
+
+
+def load_picture(path: Path, remedy: str) -> np.ndarray:
+    """A uint8 image `[H, W, 3]`. Raises ValueError, which ends in `remedy`, for a missing or unreadable file."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as either
+        raise ValueError(
+            f"every planned image must be readable, but {path} is not ({error}); {remedy}"
+        ) from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -65,13 +65,23 @@ class Bootstrap:
         ).confidence_interval
         return Interval(mean, float(found.low), float(found.high), prompts)
 
-    def table(self, tasks: Mapping[str, np.ndarray]) -> dict[str, Interval]:
-        """An interval for each task and, under "overall", for the mean of tasks."""
+    def table(
+        self, tasks: Mapping[str, np.ndarray], overall: Sequence[np.ndarray] | None = None
+    ) -> dict[str, Interval]:
+        """An interval for each task and, under "overall", for the mean of the means of `overall`, None: the tasks."""
         rows = {task: self.mean_of_means([values]) for task, values in tasks.items()}
-        return {**rows, OVERALL: self.mean_of_means(list(tasks.values()))}
+        return {**rows, OVERALL: self.mean_of_means(list(tasks.values()) if overall is None else overall)}
 
-    def paired(self, base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+    def paired(
+        self,
+        base: Mapping[str, np.ndarray],
+        tuned: Mapping[str, np.ndarray],
+        overall: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
+    ) -> dict[str, Interval]:
         """Intervals of tuned minus base, where entry n of a task is the same prompt in both.
+
+        Args:
+            overall: the groups of base and of tuned whose means are averaged to the overall score; None: the tasks.
 
         Raises ValueError when the two do not have the same tasks and prompts.
         """
@@ -83,7 +93,8 @@ class Bootstrap:
                 f"{ {t: len(v) for t, v in base.items()} } and { {t: len(v) for t, v in tuned.items()} }; "
                 "evaluate both with the same prompt files"
             )
-        return self.table({task: tuned[task] - base[task] for task in base})
+        groups = None if overall is None else [b - a for a, b in zip(*overall, strict=True)]
+        return self.table({task: tuned[task] - base[task] for task in base}, groups)
 
 
 def _mean_of_means(*groups: np.ndarray, axis: int = -1) -> Any:

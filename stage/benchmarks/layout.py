@@ -3,6 +3,8 @@
 RUN/evaluation/best/results.json, report.html, validation/, heldout/    a checkpoint of a training run
 RUN/evaluation/base-1a2b3c4d/validation/, heldout/                      its base, shared by the checkpoints of the run
 outputs/evaluation/NAME-1a2b3c4d/                                       a model that is in no run folder
+
+Other benchmarks than shapes have a folder of their own in each of these: RUN/evaluation/best/geneval/results.json.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 
 from stage.benchmarks.evaluation import Candidate
+from stage.benchmarks.outside import OutsideFolder
+from stage.policy.janus import JanusPolicy
 from stage.subject import Subject
 
 OUTPUTS = Path("outputs") / "evaluation"
@@ -28,6 +32,7 @@ def lay_out(
     seed: int,
     device: torch.device,
     output: str | None,
+    subfolder: str = "",
 ) -> list[Candidate]:
     """The models by role, each with its folder; results go into that of the last.
 
@@ -38,13 +43,43 @@ def lay_out(
         models: `base` and, unless it stands alone, `tuned`.
         sampler: configuration of the sampler.
         output: folder that the user asked for, None for the default.
+        subfolder: of the benchmark, inside the folder of the model.
     """
     settings = {role: subject.image_settings(sampler, seed) for role, subject in models.items()}
     folders = _folders(models, f"base-{_fingerprint(settings['base'])}", output)
     return [
-        Candidate(role, folders[role], settings[role], subject.record(), partial(subject.load, device))
+        Candidate(
+            role, folders[role] / subfolder, settings[role], subject.record(), partial(subject.load, device)
+        )
         for role, subject in models.items()
     ]
+
+
+def lay_out_images(
+    folders: Mapping[str, Mapping[str, OutsideFolder]],
+    paths: Mapping[str, Path],
+    output: str | None,
+    subfolder: str,
+) -> list[Candidate]:
+    """Images of other programs by role, as candidates that have nothing to load.
+
+    Args:
+        folders: by role and split, `paths` by role. Results go beside those of models, or into `output`.
+    """
+    hashes = {role: [folder.sha256 for folder in splits.values()] for role, splits in folders.items()}
+    name = f"{next(reversed(paths.values())).resolve().name}-{_fingerprint(hashes)}"
+    place = (OUTPUTS / name if output is None else Path(output).expanduser()) / subfolder
+    found = []
+    for role, path in paths.items():
+        sha256 = hashlib.sha256("".join(hashes[role]).encode()).hexdigest()
+        settings = {"checkpoint": sha256, "images": str(path)}
+        record = {"path": str(path), "sha256": sha256}
+        found.append(Candidate(role, place, settings, record, _nothing_to_load))
+    return found
+
+
+def _nothing_to_load() -> JanusPolicy:
+    raise AssertionError("images of another program have no model")
 
 
 def run_folder(path: Path) -> Path | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from stage.types import Prompt
 
 PACKAGES = (
     "stage-rl",
@@ -52,6 +57,12 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def command() -> str:
     """The command line as one would type it again, without the folder of the interpreter."""
     return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
+def prompts_sha256(prompts: Sequence[Prompt]) -> str:
+    """Of the texts and metadata in file order: two evaluations with the same one saw the same prompts."""
+    lines = [json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True) for prompt in prompts]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _git(git: str, folder: Path, *arguments: str) -> str | None:

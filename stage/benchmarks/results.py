@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stage.benchmarks import provenance
+from stage.benchmarks.benchmark import Benchmark
 from stage.benchmarks.evaluation import Candidate, Judged, Tables
 from stage.benchmarks.images import write_atomic
 from stage.benchmarks.intervals import OVERALL
-from stage.benchmarks.shapes import ShapesBenchmark
 from stage.provenance import scorer_record
 
 FORMAT = 1  # of results.json
@@ -26,7 +26,7 @@ RESULTS = "results.json"
 
 def compose_results(
     *,
-    benchmark: ShapesBenchmark,
+    benchmark: Benchmark,
     candidates: Sequence[Candidate],
     config: Mapping[str, Any],
     trained_with: Mapping[str, Any] | None,
@@ -47,6 +47,11 @@ def compose_results(
             "name": benchmark.name,
             "headline": benchmark.headline,
             "images_per_prompt": benchmark.images_per_prompt,
+            "beside": list(benchmark.beside),
+            "prompts_sha256": {
+                split: provenance.prompts_sha256(prompts) for split, prompts in benchmark.splits.items()
+            },
+            "published": None if benchmark.published is None else benchmark.published.record(),
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": provenance.command(),
@@ -69,6 +74,38 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
     return path
+
+
+def print_published(
+    scores: Mapping[str, Tables], benchmark: Benchmark, template: str | None, console: Console
+) -> None:
+    """Ours beside what papers print, task by task, with the source and the template that ours were drawn with."""
+    if benchmark.published is None:
+        return
+    ours = f"ours with the template {template}" if template else "ours of images made elsewhere"
+    for split, table in ((split, beside_published(parts, benchmark)) for split, parts in scores.items()):
+        shown = Table(
+            title=Text(f"{split}: {ours}, and {benchmark.published.source}"), title_justify="left", box=None
+        )
+        for number, heading in enumerate(table[0]):
+            shown.add_column(heading, justify="right" if number else "left")
+        for row in table[1:]:
+            shown.add_row(*row)
+        console.print(shown, "")
+
+
+def beside_published(parts: Tables, benchmark: Benchmark) -> list[list[str]]:
+    """Rows of text, headings first: a model or method a row, ours before those of papers, and a task a column."""
+    assert benchmark.published is not None
+    rows = parts[benchmark.headline]
+    tasks = [task for task in rows if any(task in row for row in benchmark.published.rows.values())]
+    roles = [role for role in next(iter(rows.values())) if role not in ("difference", "win_rate")]
+    ours = [[f"ours: {role}", *(f"{rows[task][role]['mean']:.3f}" for task in tasks)] for role in roles]
+    papers = [
+        [name, *(str(row[task]) if task in row else "" for task in tasks)]
+        for name, row in benchmark.published.rows.items()
+    ]
+    return [["", *tasks], *ours, *papers]
 
 
 def print_scores(scores: Mapping[str, Tables], headline: str, confidence: float, console: Console) -> None:

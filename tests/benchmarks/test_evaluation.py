@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from stage.benchmarks.benchmark import Verdict
 from stage.benchmarks.evaluation import Candidate, Judged, add_up, draw_missing, open_folders, score
 from stage.benchmarks.generate import draw
 from stage.benchmarks.images import ImageFolder, Planned
 from stage.benchmarks.intervals import Bootstrap
-from stage.benchmarks.shapes import Verdict
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
 from stage.types import PromptTokens, Samples
