@@ -84,11 +84,13 @@ class TokenScores:
     """Teacher-forced `logps` `[P, G, L]` of given tokens and full-vocabulary `entropy` `[P, G, L]`, both in nats.
 
     With reasoning, `plan` has the same of the plan's tokens over the text vocabulary, `[P, G, R]`, 0 in the padding.
+    `mask`, of the shape of `logps`, is 1 on a sample's own tokens; None where all of them are.
     """
 
     logps: Tensor
     entropy: Tensor
     plan: TokenScores | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 
 # Folders whose files build on one another, lowest step first; `*` is every file not named. Files of one step
-# are siblings. In objective and rewards one composing file stands on files that do not know each other.
+# are siblings. In objective and rewards one composing file stands on files that know little of each other.
 INSIDE: dict[str, tuple[str, ...]] = {
-    "stage.objective": ("*", "parts", "objective"),
+    "stage.objective": (
+        "*",
+        "parts baselines ratios critical token_weights",
+        "credit_metrics sums",
+        "objective",
+    ),
     "stage.detectors": ("*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": (
         "padding plan_layout names attention draws triton_linear triton_decode triton_draw",

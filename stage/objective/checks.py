@@ -36,5 +36,5 @@ def check_rollout(rollout: Rollout, needs_reference: bool) -> None:
     if needs_reference and rollout.reference is None:
         raise ValueError(
             "the KL term and the entropy reward need reference scores, got None; score the rollout with the "
-            "reference model, or set beta and entropy_coefficient to 0"
+            "reference model, or set beta and entropy_coefficient to 0 and take no slot that looks back at it"
         )

@@ -59,9 +59,10 @@ class Credit:
     """Everything the loss needs beside the scores of the policy; computed once a rollout, without gradient.
 
     Shapes: `advantages` `[P, G]`; `token_weights` w, `kl_weights` m, `similarity` s `[P, G, L]`, None where
-    nothing is reweighted; `old_logps` `[P, G, L]`; `reference` scores of `[P, G, L]` or None; `divisors` and
-    `kl_divisors` `[P]`. `num_groups`, `group_size` and `num_tokens` are P, G and L of the whole rollout, also
-    in a micro-batch. `plan` is what the plans before the images add, None without reasoning.
+    nothing is weighed; w and m hold critical tokens too. `old_logps` `[P, G, L]`; `reference` scores of `[P, G, L]` or
+    None; `divisors` and `kl_divisors` `[P]`. `num_groups`, `group_size` and `num_tokens` are P, G and L of the whole
+    rollout, also in a micro-batch. `beta` is the coefficient of the KL in this rollout. `plan` is what the plans before
+    the images add, None without reasoning.
     """
 
     advantages: Tensor
@@ -75,6 +76,7 @@ class Credit:
     num_groups: int
     group_size: int
     num_tokens: int
+    beta: float
     plan: PlanCredit | None = None
 
     @property

@@ -28,8 +28,8 @@ def token_scores(logits: Tensor, tokens: Tensor, temperature: float, rows: int =
         rows: positions computed at once; it bounds memory and does not change a value.
 
     Returns:
-        `logps` and `entropy`, both `[...]`, float32 (float64 for float64 logits). The gradient flows through
-        `logps` alone; `entropy`, over the full vocabulary, is detached.
+        `logps` and `entropy` over the full vocabulary, both `[...]`, float32 (float64 for float64 logits). The
+        gradient flows through both; where none comes back to the entropy, none is computed.
 
     Raises:
         ValueError: shapes that do not match, a temperature that is not positive.
@@ -63,7 +63,7 @@ def linear_token_scores(
         tokens, temperature, rows: as in `token_scores`.
 
     Returns:
-        As `token_scores`; the gradient of `logps` reaches features, weight and bias.
+        As `token_scores`; the gradient reaches features, weight and bias.
 
     Raises:
         ValueError: shapes that do not match, a temperature that is not positive.
@@ -108,11 +108,28 @@ def _gather(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor,
     return logps, torch.special.entr(log_probs.exp_()).sum(dim=-1)
 
 
-def _gradient(logits: Tensor, tokens: Tensor, temperature: float, grad_logps: Tensor) -> Tensor:
-    """`(one_hot - softmax) / temperature`, times the gradient `[n]` of the log-probabilities: `[n, V]`."""
+def _gradient(
+    logits: Tensor, tokens: Tensor, temperature: float, grad_logps: Tensor | None, grad_entropy: Tensor | None
+) -> Tensor:
+    """The gradient of logits `[n, V]` from those `[n]` of log-probabilities and of entropies, None where there is none.
+
+    `(one_hot - p) / temperature` and `(-p log p - p H) / temperature` each times its own.
+    """
+    if grad_logps is None:
+        if grad_entropy is None:
+            return torch.zeros_like(logits, dtype=accumulation_dtype(logits.dtype))
+        return _entropy_gradient(logits, temperature, grad_entropy)
     scale = grad_logps[:, None] / temperature
     grad = _log_softmax(logits, temperature).exp_().mul_(-scale)
-    return grad.scatter_add_(1, tokens[:, None], scale)
+    grad = grad.scatter_add_(1, tokens[:, None], scale)
+    return grad if grad_entropy is None else grad.add_(_entropy_gradient(logits, temperature, grad_entropy))
+
+
+def _entropy_gradient(logits: Tensor, temperature: float, grad_entropy: Tensor) -> Tensor:
+    probabilities = _log_softmax(logits, temperature).exp_()
+    terms = torch.special.entr(probabilities)
+    entropy = terms.sum(dim=-1, keepdim=True)
+    return (terms - probabilities * entropy) * (grad_entropy[:, None] / temperature)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -133,6 +150,10 @@ def _parts(length: int, rows: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, length, rows)]
 
 
+def _cut(grads: tuple[Tensor | None, ...], part: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if grad is None else grad[part] for grad in grads)
+
+
 class _TokenScores(torch.autograd.Function):
     """Keeps the logits it was given and goes through them by rows, forward and backward."""
 
@@ -146,16 +167,16 @@ class _TokenScores(torch.autograd.Function):
             logps[part], entropy[part] = _gather(logits[part], tokens[part], temperature)
         ctx.save_for_backward(logits, tokens)
         ctx.temperature, ctx.rows = temperature, rows
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logps, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, tokens = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         for part in _parts(len(tokens), ctx.rows):
-            grad_logits[part] = _gradient(logits[part], tokens[part], ctx.temperature, grad_logps[part])
+            grad_logits[part] = _gradient(logits[part], tokens[part], ctx.temperature, *_cut(grads, part))
         return grad_logits, None, None, None
 
 
@@ -180,12 +201,12 @@ class _LinearTokenScores(torch.autograd.Function):
                 logps[part], entropy[part] = _gather(logits, tokens[part], temperature)
         ctx.save_for_backward(features, weight, bias, tokens)
         ctx.temperature, ctx.rows = temperature, rows
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logps, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         features, weight, bias, tokens = ctx.saved_tensors
         dtype = accumulation_dtype(features.dtype)
         wanted = ctx.needs_input_grad
@@ -196,7 +217,7 @@ class _LinearTokenScores(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             for part in _parts(len(tokens), ctx.rows):
                 logits = _linear(features[part], weight, bias)
-                grad = _gradient(logits, tokens[part], ctx.temperature, grad_logps[part])
+                grad = _gradient(logits, tokens[part], ctx.temperature, *_cut(grads, part))
                 narrow = grad.to(features.dtype)
                 if grad_features is not None:
                     grad_features[part] = narrow @ weight

@@ -1,4 +1,4 @@
-"""`Objective`: five slots composed into `credit()`, once a rollout, and `loss()`, for each micro-batch.
+"""`Objective`: slots composed into `credit()`, once a rollout, and `loss()`, for each micro-batch.
 
     credit:  rewards ─▶ advantage ─▶ A [P,G] ─▶ token weights ─▶ w, m [P,G,L] ─▶ aggregation ─▶ divisors [P]
     loss:    policy ─┬▶ ratio ─▶ surrogate [P,G,L] ─┐
@@ -12,6 +12,11 @@ For one group, with samples i and positions t (STAGE, arXiv 2509.25027; all off 
     pg    = - Σ_it w min(ρ A, clip(ρ) A) / (Σ_it w + 1e-6), the mean without weights      surrogate.py
     kl    = mean_it(m k3)                                                                 divergence.py
     loss  = mean over groups of pg + β kl
+
+What other objectives change: the baseline (baselines.py), the ratio (ratios.py), the estimator of the KL and a bound
+on it (divergence.py), its coefficient over the updates (`beta_schedule`), the divisors (aggregation.py), which tokens
+count at all (critical.py), and a term on the entropy itself (penalty.py). Each is a slot, so each combines with
+STAGE's three switches; what does not fit raises when the objective is built.
 
 With reasoning, a rollout has plans, and the loss of their tokens is added with a weight      plan.py
 
@@ -29,29 +34,29 @@ Departures of `algorithm=stage` from the published code (krennic999/STAGE, grpo_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stage.objective import advantage as advantages_of
-from stage.objective import entropy
 from stage.objective.advantage import Advantages
 from stage.objective.checks import check_rollout
 from stage.objective.credit import Credit, PlanCredit
+from stage.objective.credit_metrics import credit_metrics, share_of_active
+from stage.objective.critical import CriticalTokens
 from stage.objective.metrics import TensorMetrics, merge_metrics, to_floats
 from stage.objective.plan import plan_loss, plan_metrics
 from stage.objective.similarity import TokenWeights
 from stage.objective.slots import check_slots, check_switches
+from stage.objective.sums import mean_over_groups, policy_metrics, share
 from stage.objective.surrogate import Surrogate
-from stage.types import Metrics, Rollout, Scores, TokenScores, map_tensors
+from stage.types import Metrics, Rollout, TokenScores, map_tensors
 
 __all__ = ["Objective", "merge_metrics"]
 
 
 class Objective:
-    """Credit and loss of one algorithm, composed of five slots.
+    """Credit and loss of one algorithm, composed of slots.
 
     Args:
         reweight_advantage: weigh the policy term by w.
@@ -63,15 +68,24 @@ class Objective:
         updates_per_rollout: optimizer steps a rollout serves (read by the training module).
         micro_batch: samples a forward pass, null for all of them (read by the training module).
         distribution: conditional or guided, what the training module scores tokens with.
+        resampling_rounds: how often the training module draws other prompts in place of groups whose rewards are
+            all equal; 0 keeps them (read by the training module).
         advantage: called with `scores`, `bonus`, `tied_groups`; returns `Advantages`.
         token_weights: called with `advantages`, `kept`, `codes`; returns `TokenWeights`; null where nothing
             is weighed.
         ratio: called with `scores`, `old_logps`, `advantages`, `clip_low`, `clip_high`; returns `Surrogate`.
         divergence: called with `scores`, `reference`; returns `[P, G, L]`; null where beta is 0.
         aggregation: called with `weights`, `like`; returns divisors `[P]`.
+        entropy_reward: called with `best`, `entropy`, `reference_entropy`, `coefficient`; returns the bonus `[P, G]`;
+            null where entropy_coefficient is 0.
+        critical_tokens: called with `old`, `reference`, `codes`; returns `CriticalTokens`; null takes every token.
+        penalty: called with `scores`, `reference`; returns a term of the loss `[P, G, L]`; null adds none.
+        beta_schedule: called with `update`, rollouts done; returns a factor of beta; null is 1 throughout.
 
     Any callable that takes its keywords fits a slot; one with a method `check(switches)` gets all switches
-    above as a mapping when the objective is built and raises ValueError where it cannot work with them.
+    above as a mapping when the objective is built and raises ValueError where it cannot work with them. An advantage
+    with a method `at(update)` is asked for the one of each rollout. A slot with a true `needs_reference` makes rollouts
+    hold reference scores, and token weights with `features` name the method of the policy that gives their `codes`.
 
     Raises:
         ValueError: a switch out of range, or a slot that cannot be called as above or work with the switches.
@@ -90,11 +104,16 @@ class Objective:
         updates_per_rollout: int,
         micro_batch: int | None,
         distribution: str,
+        resampling_rounds: int,
         advantage: Callable[..., Advantages],
         token_weights: Callable[..., TokenWeights] | None,
         ratio: Callable[..., Surrogate],
         divergence: Callable[..., Tensor] | None,
         aggregation: Callable[..., Tensor],
+        entropy_reward: Callable[..., Tensor] | None,
+        critical_tokens: Callable[..., CriticalTokens] | None,
+        penalty: Callable[..., Tensor] | None,
+        beta_schedule: Callable[[int], float] | None,
     ) -> None:
         self.reweight_advantage = reweight_advantage
         self.reweight_kl = reweight_kl
@@ -106,6 +125,7 @@ class Objective:
         self.updates_per_rollout = updates_per_rollout
         self.micro_batch = micro_batch
         self.distribution = distribution
+        self.resampling_rounds = resampling_rounds
         switches = dict(vars(self))
         check_switches(switches)
         self.advantage = advantage
@@ -113,12 +133,27 @@ class Objective:
         self.ratio = ratio
         self.divergence = divergence
         self.aggregation = aggregation
+        self.entropy_reward = entropy_reward
+        self.critical_tokens = critical_tokens
+        self.penalty = penalty
+        self.beta_schedule = beta_schedule
         check_slots({name: slot for name, slot in vars(self).items() if name not in switches}, switches)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the KL term or the entropy reward is on, so that a rollout must hold reference scores."""
-        return self.beta != 0 or self.entropy_coefficient != 0
+        """Whether KL term, entropy reward or a slot looks back, so that a rollout must hold reference scores."""
+        slots = (self.critical_tokens, self.penalty)
+        return (
+            self.beta != 0
+            or self.entropy_coefficient != 0
+            or any(getattr(slot, "needs_reference", False) for slot in slots)
+        )
+
+    @property
+    def features(self) -> str:
+        """The method of the policy whose vectors a rollout holds as `codes`."""
+        reweighted = self.reweight_advantage or self.reweight_kl
+        return getattr(self.token_weights, "features", "codes") if reweighted else "codes"
 
     @torch.no_grad()
     def credit(self, rollout: Rollout) -> tuple[Credit, Metrics]:
@@ -147,25 +182,34 @@ class Objective:
         dtype = torch.promote_types(rollout.old.logps.dtype, torch.float32)
         old = rollout.old.logps.detach().to(dtype)
         token_weights = weights.advantage if weights and self.reweight_advantage else None
+        kl_weights = weights.kl if weights and self.reweight_kl else None
+        critical = self._critical_tokens(rollout)
+        mask, gain = (None, None) if critical is None else (critical.mask, critical.gain)
+        token_weights = _product(token_weights, mask)
         groups, group_size, num_tokens = old.shape
         credit = Credit(
             advantages=found.values.to(dtype),
-            token_weights=token_weights.to(dtype) if token_weights is not None else None,
-            kl_weights=weights.kl.to(dtype) if weights and self.reweight_kl else None,
+            token_weights=_stored(_product(token_weights, gain), dtype),
+            kl_weights=_stored(_product(kl_weights, mask), dtype),
             similarity=weights.similarity.to(dtype) if weights else None,
             old_logps=old,
             reference=rollout.reference
             and map_tensors(rollout.reference, lambda score: score.detach().to(dtype)),
             divisors=self.aggregation(weights=token_weights, like=old).to(dtype),
-            kl_divisors=self.aggregation(weights=None, like=old).to(dtype),
+            kl_divisors=self.aggregation(weights=mask, like=old).to(dtype),
             num_groups=groups,
             group_size=group_size,
             num_tokens=num_tokens,
+            beta=self.beta if self.beta_schedule is None else self.beta * self.beta_schedule(rollout.update),
             plan=PlanCredit.of(rollout, dtype),
         )
-        metrics = _credit_metrics(rollout, found, credit)
+        metrics = credit_metrics(rollout, found, credit)
         if self.entropy_coefficient != 0:
-            metrics["reward/entropy_active_groups"] = _share_of_active(found)
+            metrics["reward/entropy_active_groups"] = share_of_active(found)
+        if self.beta_schedule is not None:
+            metrics["loss/beta"] = old.new_tensor(credit.beta)
+        if mask is not None:
+            metrics["weights/critical_share"] = mask.mean()
         return credit, to_floats(metrics)
 
     def loss(self, scores: TokenScores, credit: Credit) -> tuple[Tensor, TensorMetrics]:
@@ -180,12 +224,13 @@ class Objective:
         Returns:
             The loss, 0-d, and metrics as detached 0-d tensors, so that no micro-batch waits for the device.
             Each metric is this part's contribution: `metrics.merge_metrics` adds those of all parts (and
-            takes the largest policy/ratio_max). loss/total = loss/policy + beta * loss/kl; loss/kl is
-            weighted by m, policy/kl is not. With plans, loss/total has their term too, which is
-            plan/loss times its weight; the others named loss/ and policy/ stay those of the images.
+            takes the largest policy/ratio_max). loss/total = loss/policy + beta * loss/kl + loss/penalty, the
+            last where there is one; loss/kl is weighted by m, policy/kl is not. With plans, loss/total has
+            their term too, which is plan/loss times its weight; the others named loss/ and policy/ stay those
+            of the images.
 
         Raises:
-            ValueError: scores of other shapes than the credit.
+            ValueError: scores of other shapes than the credit, or a penalty on an entropy without gradient.
         """
         if scores.logps.shape != credit.old_logps.shape:
             raise ValueError(
@@ -199,17 +244,21 @@ class Objective:
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
-        gain = _mean_over_groups(surrogate.values, credit.token_weights, credit.divisors, credit.num_groups)
+        gain = mean_over_groups(surrogate.values, credit.token_weights, credit.divisors, credit.num_groups)
         policy = -gain
-        metrics = _policy_metrics(scores, surrogate, credit)
+        metrics = policy_metrics(scores, surrogate, credit)
         total = policy
         if self.divergence is not None and credit.reference is not None:
             divergence = self.divergence(scores=scores, reference=credit.reference)
             if self.beta != 0:
-                kl = _mean_over_groups(divergence, credit.kl_weights, credit.kl_divisors, credit.num_groups)
-                total = policy + self.beta * kl
+                kl = mean_over_groups(divergence, credit.kl_weights, credit.kl_divisors, credit.num_groups)
+                total = policy + credit.beta * kl
                 metrics["loss/kl"] = kl.detach()
-            metrics["policy/kl"] = _share(divergence, credit)
+            metrics["policy/kl"] = share(divergence, credit)
+        if self.penalty is not None:
+            term = self._penalty(scores, credit)
+            total = total + term
+            metrics["loss/penalty"] = term.detach()
         if credit.plan is not None:
             term, found = self._plan_loss(scores, credit, credit.plan)
             total = total + credit.plan.weight * term
@@ -227,7 +276,7 @@ class Objective:
                 "their plans, and cut all alike"
             )
         surrogate = self.ratio(
-            scores=scores.plan,
+            scores=replace(scores.plan, mask=plan.mask),
             old_logps=plan.old_logps,
             advantages=credit.advantages,
             clip_low=self.clip_low,
@@ -242,7 +291,7 @@ class Objective:
             divergence if self.beta != 0 else None,
             plan.mask,
             plan.divisors,
-            beta=self.beta,
+            beta=credit.beta,
             num_groups=credit.num_groups,
         )
         metrics = plan_metrics(
@@ -260,72 +309,63 @@ class Objective:
         bonus = None
         if self.entropy_coefficient != 0:
             assert rollout.reference is not None  # checked by `check_rollout`
-            close = entropy.closeness(rollout.old.entropy, rollout.reference.entropy)
-            bonus = partial(entropy.entropy_reward, closeness=close, coefficient=self.entropy_coefficient)
-        return self.advantage(scores=rollout.scores, bonus=bonus, tied_groups=self.tied_groups)
+            assert self.entropy_reward is not None  # checked by `check_slots`
+            bonus = _Bonus(
+                self.entropy_reward,
+                rollout.old.entropy,
+                rollout.reference.entropy,
+                self.entropy_coefficient,
+            )
+        at = getattr(self.advantage, "at", None)
+        slot = self.advantage if at is None else at(rollout.update)
+        return slot(scores=rollout.scores, bonus=bonus, tied_groups=self.tied_groups)
 
     def _token_weights(self, rollout: Rollout, found: Advantages) -> TokenWeights | None:
         if self.token_weights is None or not (self.reweight_advantage or self.reweight_kl):
             return None
         return self.token_weights(advantages=found.values, kept=found.kept, codes=rollout.codes)
 
+    def _critical_tokens(self, rollout: Rollout) -> CriticalTokens | None:
+        if self.critical_tokens is None:
+            return None
+        return self.critical_tokens(old=rollout.old, reference=rollout.reference, codes=rollout.codes)
 
-def _mean_over_groups(values: Tensor, weights: Tensor | None, divisors: Tensor, num_groups: int) -> Tensor:
-    """This part's share of the mean over groups of `Σ_it weights * values / divisor`; values `[P, G, L]`."""
-    weighted = values if weights is None else weights * values
-    return (weighted.sum(dim=(1, 2)) / divisors).sum() / num_groups
-
-
-def _share(values: Tensor, credit: Credit) -> Tensor:
-    """This part's share of the plain mean of values `[P, G, L]` over the whole rollout, detached."""
-    return values.detach().sum() / (credit.num_groups * credit.group_size * credit.num_tokens)
-
-
-def _policy_metrics(scores: TokenScores, surrogate: Surrogate, credit: Credit) -> TensorMetrics:
-    return {
-        "policy/entropy": _share(scores.entropy, credit),
-        "policy/ratio_mean": _share(surrogate.ratio, credit),
-        "policy/ratio_max": surrogate.ratio.detach().amax(),
-        "policy/clip_fraction": _share(surrogate.clipped.to(scores.logps.dtype), credit),
-    }
+    def _penalty(self, scores: TokenScores, credit: Credit) -> Tensor:
+        """This part's share of the mean of the penalty over all tokens, with gradient."""
+        assert self.penalty is not None
+        if scores.logps.requires_grad and not scores.entropy.requires_grad:
+            raise ValueError(
+                "a penalty on the entropy needs its gradient, got a detached entropy; score tokens with "
+                "stage.objective.logprobs, or set penalty to null"
+            )
+        values = self.penalty(scores=scores, reference=credit.reference)
+        return values.sum() / (credit.num_groups * credit.group_size * credit.num_tokens)
 
 
-def _share_of_active(found: Advantages) -> Tensor:
-    """Share of the groups in which the entropy reward was not 0 throughout."""
-    bonus = torch.zeros_like(found.values) if found.bonus is None else found.bonus
-    return (bonus != 0).any(dim=-1).double().mean()
+@dataclass(frozen=True)
+class _Bonus:
+    """The entropy reward of a rollout, waiting for the best samples."""
+
+    slot: Callable[..., Tensor]
+    entropy: Tensor
+    reference_entropy: Tensor
+    coefficient: float
+
+    def __call__(self, best: Tensor) -> Tensor:
+        return self.slot(
+            best=best,
+            entropy=self.entropy,
+            reference_entropy=self.reference_entropy,
+            coefficient=self.coefficient,
+        )
 
 
-def _credit_metrics(rollout: Rollout, found: Advantages, credit: Credit) -> TensorMetrics:
-    rewards = advantages_of.task_rewards(rollout.scores)
-    metrics = {
-        "reward/mean": rewards.mean(),
-        "reward/std": rewards.std(dim=-1).mean(),
-        "reward/informative_groups": (~advantages_of.tied(rewards)).double().mean(),
-        "advantage/abs_mean": found.values.abs().mean(),
-        "advantage/max": found.values.abs().amax(),
-        "policy/sampling_gap": (rollout.sampled_logps - rollout.old.logps).abs().mean(),
-    }
-    metrics |= _part_metrics(rollout.scores, found.contributions)
-    if rollout.reference is not None:
-        metrics["reference/entropy"] = rollout.reference.entropy.mean()
-    if rollout.plans is not None and credit.plan is not None:
-        gap = credit.plan.mask * (rollout.plans.logps - credit.plan.old_logps).abs()
-        metrics["plan/sampling_gap"] = gap.sum() / credit.plan.total
-    weights = {
-        "weights/advantage_mean": credit.token_weights,
-        "weights/kl_mean": credit.kl_weights,
-        "weights/similarity_mean": credit.similarity,
-    }
-    return metrics | {name: tensor.mean() for name, tensor in weights.items() if tensor is not None}
+def _product(weights: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """Weights times a factor, either of which may be missing and then is 1."""
+    if weights is None or factor is None:
+        return factor if weights is None else weights
+    return weights * factor
 
 
-def _part_metrics(scores: Scores, contributions: Tensor | None) -> TensorMetrics:
-    """Each part as the scorer gave it and, where there are several, what was added up of it."""
-    metrics = {f"reward/{name}": scores.parts[..., i].double().mean() for i, name in enumerate(scores.names)}
-    if len(scores.names) > 1:
-        added = advantages_of.weighted_parts(scores) if contributions is None else contributions
-        for i, name in enumerate(scores.names):
-            metrics[f"contribution/{name}"] = added[..., i].mean()
-            metrics[f"contribution_std/{name}"] = added[..., i].std(dim=-1).mean()
-    return metrics
+def _stored(weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weights is None else weights.to(dtype)

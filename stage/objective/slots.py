@@ -1,4 +1,4 @@
-"""What fits where: the keywords of the five slots, the range of the switches, and what excludes what."""
+"""What fits where: the keywords of the slots, the range of the switches, and what excludes what."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "ratio": ("scores", "old_logps", "advantages", "clip_low", "clip_high"),
     "divergence": ("scores", "reference"),
     "aggregation": ("weights", "like"),
+    "entropy_reward": ("best", "entropy", "reference_entropy", "coefficient"),
+    "critical_tokens": ("old", "reference", "codes"),
+    "penalty": ("scores", "reference"),
+    "beta_schedule": ("update",),
 }
+OPTIONAL = ("critical_tokens", "penalty", "beta_schedule")  # null turns them off
 DISTRIBUTIONS = ("conditional", "guided")
 
 
@@ -32,6 +37,11 @@ def check_switches(switches: Mapping[str, Any]) -> None:
         if not (value is None and optional) and (not isinstance(value, int) or value < 1):
             whole = "; null means all samples at once" if optional else "; 1 is on-policy"
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}{whole}")
+    rounds = switches["resampling_rounds"]
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(
+            f"resampling_rounds must be a whole number of at least 0, got {rounds!r}; 0 keeps all groups"
+        )
     if switches["distribution"] not in DISTRIBUTIONS:
         raise ValueError(
             f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {switches['distribution']!r}; "
@@ -56,16 +66,24 @@ def check_slots(slots: Mapping[str, Callable[..., Any] | None], switches: Mappin
         check = getattr(slot, "check", None)
         if check is not None:
             check(switches)
+    if slots["beta_schedule"] is not None and switches["beta"] == 0:
+        raise ValueError(
+            "a beta_schedule multiplies beta, got beta=0; set beta above 0, or beta_schedule to null"
+        )
 
 
 def _check_empty(name: str, switches: Mapping[str, Any]) -> None:
     reweighted = switches["reweight_advantage"] or switches["reweight_kl"]
-    if name == "token_weights" and not reweighted:
-        return
-    if name == "divergence" and switches["beta"] == 0:
+    idle = {
+        "token_weights": not reweighted,
+        "divergence": switches["beta"] == 0,
+        "entropy_reward": switches["entropy_coefficient"] == 0,
+    }
+    if name in OPTIONAL or idle.get(name, False):
         return
     reason = {
         "token_weights": "when reweight_advantage or reweight_kl is true",
         "divergence": f"when beta is {switches['beta']}",
+        "entropy_reward": f"when entropy_coefficient is {switches['entropy_coefficient']}",
     }.get(name, "always")
     raise ValueError(f"the slot {name} is needed {reason}, got null; fill it, or turn off what needs it")

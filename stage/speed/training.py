@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stage.objective.advantage import GroupAdvantage
 from stage.objective.aggregation import GroupMean
 from stage.objective.divergence import K3
+from stage.objective.entropy import EntropyReward
 from stage.objective.objective import Objective
 from stage.objective.similarity import StageWeights
 from stage.objective.surrogate import ClippedRatio
@@ -133,11 +134,16 @@ def stage_objective() -> Objective:
         updates_per_rollout=1,
         micro_batch=None,
         distribution="conditional",
+        resampling_rounds=0,
         advantage=GroupAdvantage(epsilon=1e-4),
         token_weights=StageWeights(),
         ratio=ClippedRatio(),
         divergence=K3(),
         aggregation=GroupMean(epsilon=1e-6),
+        entropy_reward=EntropyReward(best_only=True),
+        critical_tokens=None,
+        penalty=None,
+        beta_schedule=None,
     )
 
 

@@ -52,13 +52,25 @@ def test_gradient_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(
         lambda x: token_scores(x, tokens, temperature=0.8, rows=3).logps, (logits,)
     )
+    assert torch.autograd.gradcheck(
+        lambda x: token_scores(x, tokens, temperature=0.8, rows=3).entropy, (logits,)
+    )
 
 
-def test_entropy_carries_no_gradient() -> None:
-    logits = torch.randn(4, 6, requires_grad=True)
-    found = token_scores(logits, torch.zeros(4, dtype=torch.int64), temperature=1.0)
-    assert found.logps.requires_grad
-    assert not found.entropy.requires_grad
+def test_gradient_of_the_entropy_by_hand() -> None:
+    # p = 1/4, 1/4, 1/2, H = 1.5 log 2: dH/dz = -p (log p + H) = 1/4 (1/2) log 2, the same, -1/2 (1/2) log 2
+    logits = torch.tensor([[0.0, 0.0, math.log(2)]], dtype=torch.float64, requires_grad=True)
+    found = token_scores(logits, torch.tensor([0]), temperature=1.0)
+    (gradient,) = torch.autograd.grad(found.entropy.sum(), logits)
+    expected = torch.tensor([[0.125, 0.125, -0.25]], dtype=torch.float64) * math.log(2)
+    torch.testing.assert_close(gradient, expected, atol=1e-15, rtol=0)
+
+
+def test_a_token_without_probability_leaves_the_gradient_of_the_entropy_finite() -> None:
+    logits = torch.tensor([[0.0, 1.0, -math.inf]], requires_grad=True)
+    found = token_scores(logits, torch.tensor([0]), temperature=1.0)
+    (gradient,) = torch.autograd.grad(found.entropy.sum(), logits)
+    assert gradient.isfinite().all() and gradient[0, 2] == 0
 
 
 def test_bfloat16_is_accumulated_in_float32() -> None:
@@ -109,10 +121,15 @@ def test_a_layer_in_chunks_equals_its_logits_at_once(rows: int, dtype: torch.dty
     found = linear_token_scores(features, weight, bias, tokens, temperature=1.7, rows=rows)
     torch.testing.assert_close(found.logps, expected, atol=bound, rtol=0)
     torch.testing.assert_close(found.entropy, entropy, atol=bound, rtol=0)
-    wanted = torch.autograd.grad((weights * expected).sum(), (features, weight, bias))
-    gradients = torch.autograd.grad((weights * found.logps).sum(), (features, weight, bias))
-    for one, two in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(one, two, atol=10 * bound, rtol=0)
+    for mine, theirs in (
+        (found.logps, expected),
+        (found.entropy, entropy),
+        (found.logps + found.entropy, expected + entropy),
+    ):
+        wanted = torch.autograd.grad((weights * theirs).sum(), (features, weight, bias), retain_graph=True)
+        gradients = torch.autograd.grad((weights * mine).sum(), (features, weight, bias), retain_graph=True)
+        for one, two in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(one, two, atol=10 * bound, rtol=0)
 
 
 def test_gradient_of_a_layer_by_finite_differences() -> None:
@@ -129,7 +146,6 @@ def test_a_frozen_layer_gets_no_gradient() -> None:
     features, weight, bias, tokens = layer()
     weight.requires_grad_(False)
     found = linear_token_scores(features, weight, bias.detach(), tokens, temperature=1.0)
-    assert not found.entropy.requires_grad
     found.logps.sum().backward()
     assert features.grad is not None and weight.grad is None
 

@@ -21,14 +21,20 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["grpo", "stage"])
+GAP = {"_target_": "stage.objective.penalty.EntropyGap", "coefficient": 0.5}
+NAMES = ["grpo", "stage", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "gcpo"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("prompts", "samples"), CUTS)
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_parts_add_up(name: str, prompts: list[int], samples: list[int], kind: str) -> None:
-    record = rollout(scores(some_rewards(kind, 3, 5, seed=8)))
-    objective = build(name, beta=0.3)
+    record = rollout(scores(some_rewards(kind, 3, 5, seed=8)), length=4 if name == "gcpo" else 5)
+    shares = {f"critical_tokens.{key}": 0.25 for key in ("early", "entropy", "variety")}
+    switches = {"penalty": GAP, "reweight_advantage": True} if name not in ("grpo", "stage") else {}
+    objective = build(name, beta=0.3, **(shares if name == "gcpo" else {}), **switches)
     credit, _ = objective.credit(record)
-    logps, entropy = drifted(record), record.old.entropy
+    logps, entropy = drifted(record), record.old.entropy.clone().requires_grad_()
     whole, expected = objective.loss(TokenScores(logps, entropy), credit)
     (gradient,) = torch.autograd.grad(whole, logps)
 

@@ -71,7 +71,6 @@ def test_gradient_is_that_of_a_plain_loop(policy: JanusPolicy, scale: float) -> 
     prompt, tokens = policy.tokenize(PROMPTS), random_tokens(policy, len(PROMPTS), 2)
     weights = torch.randn(tokens.shape)
     scores = policy(prompt, tokens, guidance_scale=scale, temperature=0.7)
-    assert not scores.entropy.requires_grad
     (scores.logps * weights).sum().backward()
     got = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
