@@ -224,7 +224,7 @@ MISTAKES = {
     "a new key of a class": (["+optimizer.speed=1"], "unexpected keyword argument 'speed'"),
     "unknown option": (
         ["algorithm=ppo"],
-        "Could not find 'algorithm/ppo' Available options in 'algorithm': grpo",
+        "Could not find 'algorithm/ppo' Available options in 'algorithm': ",
     ),
     "unknown experiment": (["experiment=none"], "Could not find 'experiment/none'"),
     "grammar": (["seed=[1"], "no viable alternative at input '[1'"),
@@ -288,7 +288,8 @@ def test_help_is_for_a_reader_and_quick(tmp_path: Path) -> None:
     seconds = time.monotonic() - started
     assert found.returncode == 0, found.stderr
     for text in (
-        "algorithm: grpo, stage",
+        "algorithm: ",
+        "grpo, ",
         "experiment: ",
         "python train.py resume=",
         "Output goes to outputs/",
