@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stage.drawn import Drawn
 from stage.policy import drawing
 from stage.score_checks import check_values
 from stage.types import (
@@ -46,11 +48,12 @@ class Distribution:
 @dataclass(frozen=True)
 class Collected:
     """A rollout, and `scores` of the same tokens that still carry the graph when `collect` was asked for
-    them.
+    them. `groups_drawn` counts all groups that were drawn for it, those that were replaced too.
     """
 
     rollout: Rollout
     scores: TokenScores | None
+    groups_drawn: int
 
 
 class Stopwatch:
@@ -192,6 +195,7 @@ def collect(
     group_size: int,
     differentiable: bool,
     watch: Stopwatch,
+    spare: Callable[[int], Sequence[Prompt]] | None = None,
 ) -> Collected:
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
 
@@ -200,21 +204,22 @@ def collect(
     returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
     forward too. Then `rollout.old` is its detached copy.
 
+    With `resampling_rounds` groups of equal rewards give way to groups of `spare(round)`, see `replaced`.
+
     Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
     (`UnusableScores`, with the images).
     """
     distribution = scored_distribution(objective, sampler)
     parts = micro_batches(len(prompts), group_size, objective.micro_batch)
     with torch.no_grad():
-        with watch("sample"):
-            prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
-            sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
-        with watch("decode"):
-            images, codes = policy.decode(samples.tokens), policy.codes(samples.tokens)
-        with watch("reward"):
-            scores = scorer(images, prompts)
-            check_shape(scores.parts, len(prompts), group_size)
-            check_values(scores, images, prompts, "the scorer")
+        numbers: dict[str, Any] = {"group_size": group_size, "seed": seed, "update": update, "watch": watch}
+        make = partial(draw_and_score, policy, sampler, scorer, features=objective.features, **numbers)
+        prompt_tokens, first = make(prompts)
+        kept, groups_drawn = replaced(first, make, spare, rounds=objective.resampling_rounds, update=update)
+        if kept is not first:
+            prompts = kept.prompts
+            prompt_tokens = drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
+        samples, scores = kept.samples, kept.scores
         with watch("reference"):
             drawn = prompt_tokens, samples.tokens, parts, distribution, samples.plans
             reference_scores = None if reference is None else score_tokens(reference, *drawn)
@@ -225,8 +230,8 @@ def collect(
         prompts=tuple(prompts),
         prompt_tokens=prompt_tokens,
         tokens=samples.tokens,
-        codes=codes,
-        images=images,
+        codes=kept.codes,
+        images=kept.images,
         scores=map_tensors(scores.at(update), lambda tensor: tensor.to(samples.tokens.device)),
         old=map_tensors(live, Tensor.detach),
         reference=reference_scores,
@@ -234,7 +239,67 @@ def collect(
         plans=samples.plans,
         plan_weight=None if samples.plans is None else sampler.reasoning_weight,
     )
-    return Collected(rollout, live if differentiable else None)
+    return Collected(rollout, live if differentiable else None, groups_drawn)
+
+
+def draw_and_score(
+    policy: Any,
+    sampler: Any,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    features: str,
+    group_size: int,
+    seed: int,
+    update: int,
+    watch: Stopwatch,
+) -> tuple[PromptTokens, Drawn]:
+    """Samples of these prompts with images, rewards, and the vectors that the policy's method `features` gives."""
+    with watch("sample"):
+        prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
+        sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
+    with watch("decode"):
+        images, codes = policy.decode(samples.tokens), getattr(policy, features)(samples.tokens)
+    with watch("reward"):
+        scores = scorer(images, prompts)
+        check_shape(scores.parts, len(prompts), group_size)
+        check_values(scores, images, prompts, "the scorer")
+    return prompt_tokens, Drawn(tuple(prompts), samples, images, codes, scores)
+
+
+def replaced(
+    drawn: Drawn,
+    make: Callable[[Sequence[Prompt]], tuple[PromptTokens, Drawn]],
+    spare: Callable[[int], Sequence[Prompt]] | None,
+    *,
+    rounds: int,
+    update: int,
+) -> tuple[Drawn, int]:
+    """As many groups, those of equal rewards replaced as far as `rounds` of spare prompts go, and how many were drawn.
+
+    DAPO's dynamic sampling (arXiv 2503.14476). Departures:
+    1. Rounds are limited; what is then missing is filled up with groups of equal rewards.
+    2. A group is informative when its rewards differ; the paper asks for right and wrong answers in it.
+    """
+    count = len(drawn.prompts)
+    for number in range(1, rounds + 1):
+        if spare is None or bool(drawn.informative(update).all()):
+            break
+        known = {prompt.id for prompt in drawn.prompts}
+        others = [prompt for prompt in spare(number) if prompt.id not in known]
+        if others:
+            count += len(others)
+            drawn = drawn.refilled(make(others)[1], update)
+    return drawn, count
+
+
+def check_resampling(objective: Any, sampler: Any) -> None:
+    """Raise ValueError where groups with plans would have to be replaced."""
+    if objective.resampling_rounds and drawing.reasons(sampler):
+        raise ValueError(
+            f"groups of equal rewards are not replaced with reasoning, got algorithm.resampling_rounds="
+            f"{objective.resampling_rounds}; set it to 0, or sampler.reasoning to null"
+        )
 
 
 def check_shape(parts: Tensor, num_prompts: int, group_size: int) -> None:
