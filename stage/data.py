@@ -48,12 +48,14 @@ class PromptStream:
         self.seed = seed
         self.updates_per_epoch = len(self.prompts) // prompts_per_update
 
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int, stream: int = 0) -> np.ndarray:
         """Positions in `prompts` in the order in which `epoch` reads them, int64 `[len(prompts)]`.
+
+        Other streams are orders of their own, independent of the one that training reads, 0.
 
         Raw Philox output, sorted: NumPy keeps that stream forever, while `Generator.permutation` may change.
         """
-        philox = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+        philox = np.random.Philox(key=np.array([self.seed, epoch + (stream << 32)], dtype=np.uint64))
         return np.argsort(philox.random_raw(len(self.prompts)), kind="stable")
 
     def batch(self, update: int) -> tuple[Prompt, ...]:
@@ -62,8 +64,22 @@ class PromptStream:
             raise ValueError(
                 f"updates are counted from 0, got {update}; pass the number of rollouts done so far"
             )
+        return self._read(update, stream=0)
+
+    def spare(self, update: int, number: int) -> tuple[Prompt, ...]:
+        """As many prompts as a batch, in place of some of `update`; `number` counts the times it is asked, from 1.
+
+        They may stand in the batch too. Raises ValueError for a number below 1.
+        """
+        if number < 1:
+            raise ValueError(f"spare prompts are counted from 1, got {number}; 0 is the batch itself")
+        return self._read(update, stream=number)
+
+    def _read(self, update: int, stream: int) -> tuple[Prompt, ...]:
         epoch, step = divmod(update, self.updates_per_epoch)
-        chosen = self.order(epoch)[step * self.prompts_per_update : (step + 1) * self.prompts_per_update]
+        chosen = self.order(epoch, stream)[
+            step * self.prompts_per_update : (step + 1) * self.prompts_per_update
+        ]
         return tuple(self.prompts[position] for position in chosen)
 
 

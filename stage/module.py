@@ -17,6 +17,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,15 @@ from stage.optimizer import state_bytes
 from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
-from stage.rollout import Collected, Stopwatch, collect, micro_batches, score_part, scored_distribution
+from stage.rollout import (
+    Collected,
+    Stopwatch,
+    check_resampling,
+    collect,
+    micro_batches,
+    score_part,
+    scored_distribution,
+)
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -101,6 +110,7 @@ class StageModule(LightningModule):
                 "the policy must have trainable parameters; all are frozen. Shorten model.freeze."
             )
         scored_distribution(objective, sampler)
+        check_resampling(objective, sampler)
         drawing.check(policy, sampler)
         self.automatic_optimization = False
         self.strict_loading = (
@@ -211,6 +221,7 @@ class StageModule(LightningModule):
             differentiable=len(rows) == len(columns) == self.objective.updates_per_rollout == 1,
             beside=self.reward_beside_reference,
             watch=watch,
+            spare=partial(self.prompts.spare, self.update),
         )
 
     def _watched(self, rollout: Rollout) -> Metrics:
@@ -224,6 +235,8 @@ class StageModule(LightningModule):
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""
         credit, metrics = self.objective.credit(collected.rollout)
+        if self.objective.resampling_rounds:
+            metrics["reward/groups_drawn"] = float(collected.groups_drawn)
         for _ in range(self.objective.updates_per_rollout):
             metrics = metrics | self._step(collected.rollout, credit, collected.scores)
         return metrics

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage.drawn import Drawn
 from stage.policy import drawing
 from stage.score_checks import check_values
 from stage.types import (
@@ -49,11 +50,12 @@ class Distribution:
 @dataclass(frozen=True)
 class Collected:
     """A rollout, and `scores` of the same tokens that still carry the graph when `collect` was asked for
-    them.
+    them. `groups_drawn` counts all groups that were drawn for it, those that were replaced too.
     """
 
     rollout: Rollout
     scores: TokenScores | None
+    groups_drawn: int
 
 
 class Stopwatch:
@@ -196,6 +198,7 @@ def collect(
     differentiable: bool,
     beside: bool,
     watch: Stopwatch,
+    spare: Callable[[int], Sequence[Prompt]] | None = None,
 ) -> Collected:
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
 
@@ -204,37 +207,115 @@ def collect(
     returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
     forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`.
 
+    With `resampling_rounds` groups of equal rewards give way to groups of `spare(round)`, see `replaced`.
+
     Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
     (`UnusableScores`, with the images).
     """
     distribution = scored_distribution(objective, sampler)
     parts = micro_batches(len(prompts), group_size, objective.micro_batch)
     with torch.no_grad():
-        with watch("sample"):
-            prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
-            sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
-        with watch("decode"):
-            images, codes = policy.decode(samples.tokens), policy.codes(samples.tokens)
-        drawn = prompt_tokens, samples.tokens, parts, distribution, samples.plans
-        looks_back = None if reference is None else partial(score_tokens, reference, *drawn)
-        scores, reference_scores = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch)
+        numbers: dict[str, Any] = {"group_size": group_size, "seed": seed, "update": update, "watch": watch}
+        make = partial(draw_and_score, policy, sampler, scorer, features=objective.features, **numbers)
+        rounds = objective.resampling_rounds
+        look = None if reference is None else partial(look_back, reference, parts, distribution)
+        # With resampling the rewards decide first which groups the reference reads.
+        prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
+        kept, groups_drawn = replaced(first, make, spare, rounds=rounds, update=update)
+        if kept is not first:
+            prompts = kept.prompts
+            prompt_tokens = drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
+        samples, scores = kept.samples, kept.scores
+        if rounds and look is not None:
+            with watch("reference"):
+                seen = look(prompt_tokens, samples)
     with watch("replay"), torch.set_grad_enabled(differentiable):
-        live = score_tokens(policy, *drawn)
+        live = look_back(policy, parts, distribution, prompt_tokens, samples)
     rollout = Rollout(
         update=update,
         prompts=tuple(prompts),
         prompt_tokens=prompt_tokens,
         tokens=samples.tokens,
-        codes=codes,
-        images=images,
+        codes=kept.codes,
+        images=kept.images,
         scores=map_tensors(scores.at(update), lambda tensor: tensor.to(samples.tokens.device)),
         old=map_tensors(live, Tensor.detach),
-        reference=reference_scores,
+        reference=seen,
         sampled_logps=samples.logps,
         plans=samples.plans,
         plan_weight=None if samples.plans is None else sampler.reasoning_weight,
     )
-    return Collected(rollout, live if differentiable else None)
+    return Collected(rollout, live if differentiable else None, groups_drawn)
+
+
+def look_back(
+    policy: Any, parts: Parts, distribution: Distribution, prompt_tokens: PromptTokens, samples: Samples
+) -> TokenScores:
+    """Teacher-forced scores of samples by this policy or the reference; see `score_tokens`."""
+    return score_tokens(policy, prompt_tokens, samples.tokens, parts, distribution, samples.plans)
+
+
+def draw_and_score(
+    policy: Any,
+    sampler: Any,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    features: str,
+    group_size: int,
+    seed: int,
+    update: int,
+    watch: Stopwatch,
+    look: Callable[[PromptTokens, Samples], TokenScores] | None = None,
+    beside: bool = False,
+) -> tuple[PromptTokens, Drawn, TokenScores | None]:
+    """Samples of these prompts with images, rewards, and the vectors that the policy's method `features` gives.
+
+    With `look` also what it finds in them, at the same time as the rewards where `beside` says so (see `judge`).
+    """
+    with watch("sample"):
+        prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
+        sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
+    with watch("decode"):
+        images, codes = policy.decode(samples.tokens), getattr(policy, features)(samples.tokens)
+    looks_back = None if look is None else partial(look, prompt_tokens, samples)
+    scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch)
+    return prompt_tokens, Drawn(tuple(prompts), samples, images, codes, scores), seen
+
+
+def replaced(
+    drawn: Drawn,
+    make: Callable[[Sequence[Prompt]], tuple[PromptTokens, Drawn, TokenScores | None]],
+    spare: Callable[[int], Sequence[Prompt]] | None,
+    *,
+    rounds: int,
+    update: int,
+) -> tuple[Drawn, int]:
+    """As many groups, those of equal rewards replaced as far as `rounds` of spare prompts go, and how many were drawn.
+
+    DAPO's dynamic sampling (arXiv 2503.14476). Departures:
+    1. Rounds are limited; what is then missing is filled up with groups of equal rewards.
+    2. A group is informative when its rewards differ; the paper asks for right and wrong answers in it.
+    """
+    count = len(drawn.prompts)
+    for number in range(1, rounds + 1):
+        if spare is None or bool(drawn.informative(update).all()):
+            break
+        known = {prompt.id for prompt in drawn.prompts}
+        others = [prompt for prompt in spare(number) if prompt.id not in known]
+        if others:
+            count += len(others)
+            drawn = drawn.refilled(make(others)[1], update)
+    return drawn, count
+
+
+def check_resampling(objective: Any, sampler: Any) -> None:
+    """Raise ValueError where groups with plans would have to be replaced."""
+    if objective.resampling_rounds and drawing.reasons(sampler):
+        raise ValueError(
+            f"groups of equal rewards are not replaced with reasoning, got algorithm.resampling_rounds="
+            f"{objective.resampling_rounds}; set it to 0, or sampler.reasoning to null"
+        )
 
 
 def judge(

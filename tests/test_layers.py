@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
-    ("stage.subject", "stage.memory"),
+    ("stage.subject", "stage.memory", "stage.drawn"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers", "stage.forecast"),

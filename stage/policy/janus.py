@@ -348,6 +348,20 @@ class JanusPolicy(nn.Module):
         codebook = self.model.model.vqmodel.quantize.embedding.weight.detach()
         return F.normalize(codebook.float(), dim=-1)[tokens]
 
+    @torch.no_grad()
+    def decoder_features(self, tokens: Tensor) -> Tensor:
+        """Features `[P, G, L, D]` of tokens `[P, G, L]`, float32: what the VQ decoder holds before it first upsamples.
+
+        A codebook vector is the same wherever its token stands; a feature has seen the tokens around it.
+        """
+        prompts, group, _ = self._check_tokens(tokens)
+        vq = self.model.model.vqmodel
+        found = []
+        for part in tokens.flatten(0, 1).split(DECODE_IMAGES):
+            latent = vq.post_quant_conv(vq.quantize.get_codebook_entry(part))
+            found.append(vq.decoder.mid(vq.decoder.conv_in(latent)).flatten(2).transpose(1, 2).float())
+        return torch.cat(found).unflatten(0, (prompts, group))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configs, tokenizer and processor in the transformers layout that `load_policy` reads."""
         self.model.save_pretrained(folder)
