@@ -57,7 +57,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 def run(world: World, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     plain = [item for item in world.evaluation if not item.startswith("benchmark=")]
-    return run_command(evaluate.main, [*plain, "benchmark.images_per_prompt=1", *arguments], monkeypatch)
+    return run_command(evaluate.main, [*plain, "++benchmark.images_per_prompt=1", *arguments], monkeypatch)
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -68,8 +68,8 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "selfcheck serve",
     ),
     "stage.benchmarks": (
-        "images intervals provenance categories published lists fetch",
-        "benchmark share outside",
+        "images intervals provenance categories published lists",
+        "benchmark share outside fetch",
         "shapes generate",
         "evaluation",
         "layout results",
