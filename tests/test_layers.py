@@ -61,15 +61,15 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "drawing",
     ),
     "stage.rewards": (
-        "batcher batches grid mentions pixels weights wire",
+        "batcher batches grid mentions phrases pixels weights wire",
         "grounding tower",
         "*",
-        "combine remote service",
+        "combine by_category remote service",
         "selfcheck serve",
     ),
     "stage.benchmarks": (
         "images intervals provenance categories published lists",
-        "benchmark share outside fetch",
+        "benchmark share outside fetch compbench",
         "shapes generate",
         "evaluation",
         "layout results",
