@@ -45,7 +45,7 @@ def evaluate(config: DictConfig) -> None:
     # All folders are checked before the first image is drawn.
     if subjects is None:
         jobs = [plan.of_images(*pair) for pair in zip(configs, benchmarks, strict=True)]
-        timing = [{} for _ in jobs]
+        timing = plan.nothing_drawn(jobs)
     else:
         sampler = instantiate(subjects.sampler)
         jobs = [plan.of_models(*pair, subjects, device) for pair in zip(configs, benchmarks, strict=True)]

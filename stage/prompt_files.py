@@ -3,6 +3,7 @@
 | file | a prompt is |
 |---|---|
 | `.jsonl`, `.ndjson`, or any text file that begins with `{` | one JSON object a line with the key `prompt` |
+| `.json` | an element of a JSON list: a text, or an object with the key `prompt` (HPSv2) |
 | `.csv`, `.tsv` | a row; the column is called `prompt`, `prompts`, `caption` or `text` (DrawBench, PartiPrompts) |
 | anything else | a line of plain text (T2I-CompBench, lists of quoted words for `ocr`) |
 
@@ -118,6 +119,8 @@ def _reader(file: Path, content: bytes) -> Callable[[bytes], Rows]:
     """What reads this file, by its name and then by what it begins with."""
     if file.suffix.lower() in TABLES:
         return lambda content: _table(content, TABLES[file.suffix.lower()])
+    if file.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
+        return _json_list
     if file.suffix.lower() in JSON_LINES or content.lstrip().startswith(b"{"):
         return _json_lines
     return _plain
@@ -194,6 +197,28 @@ def _json_lines(content: bytes) -> Rows:
             )
         try:
             yield number, _checked(record)
+        except ValueError as error:
+            raise LineError(number, str(error)) from error
+
+
+def _json_list(content: bytes) -> Rows:
+    """Elements of a JSON list; a number is that of the element, counted from 1."""
+    text = _decode(content, 1)
+    try:
+        elements = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise LineError(error.lineno, f"the file is not JSON ({error.msg}); repair it") from error
+    except ValueError as error:
+        raise LineError(1, str(error)) from error
+    for number, element in enumerate(elements, start=1):
+        if isinstance(element, str):
+            element = {"prompt": element}
+        if not isinstance(element, dict):
+            raise LineError(
+                number, f"an element is a text or an object, got a {type(element).__name__}; repair it"
+            )
+        try:
+            yield number, _checked(element)
         except ValueError as error:
             raise LineError(number, str(error)) from error
 

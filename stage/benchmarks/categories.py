@@ -55,6 +55,10 @@ def _bucket(number: int, edges: Sequence[int], unit: str) -> str:
     low = 1
     for edge in edges:
         if number <= edge:
-            return f"{low} to {edge} {unit}" if low < edge else f"{low} {unit}"
+            return (
+                f"{low} to {edge} {unit}"
+                if low < edge
+                else f"{low} {unit.removesuffix('s') if low == 1 else unit}"
+            )
         low = edge + 1
     return f"{low} or more {unit}"

@@ -115,6 +115,11 @@ def _outside(path: Path, benchmark: Benchmark, split: str, several: bool) -> Out
     return OutsideFolder(inner, prompts, benchmark.images_per_prompt, [benchmark.task(p) for p in prompts])
 
 
+def nothing_drawn(jobs: Sequence[Job]) -> list[dict[str, dict[str, float]]]:
+    """The timing of jobs whose images come from another program."""
+    return [{} for _ in jobs]
+
+
 def draw_all(
     jobs: Sequence[Job], sampler: Sampler, *, batch_size: int, console: Console, share: Share
 ) -> list[dict[str, dict[str, float]]]:

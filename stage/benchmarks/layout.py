@@ -67,7 +67,7 @@ def lay_out_images(
         folders: by role and split, `paths` by role. Results go beside those of models, or into `output`.
     """
     hashes = {role: [folder.sha256 for folder in splits.values()] for role, splits in folders.items()}
-    name = f"{next(reversed(paths.values())).resolve().name}-{_fingerprint(hashes)}"
+    name = f"{list(paths.values())[-1].resolve().name}-{_fingerprint(hashes)}"
     place = (OUTPUTS / name if output is None else Path(output).expanduser()) / subfolder
     found = []
     for role, path in paths.items():

@@ -17,6 +17,20 @@ class Published:
     source: str
     rows: Mapping[str, Mapping[str, float]]
 
+    def beside(self, ours: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+        """Our scores above these as rows of text, headings first: a column for each task that both know.
+
+        Args:
+            ours: the rows of one part in results.json.
+        """
+        tasks = [task for task in ours if any(task in row for row in self.rows.values())]
+        roles = [name for name in next(iter(ours.values())) if name not in ("difference", "win_rate")]
+        return [
+            ["", *tasks],
+            *([f"ours: {role}", *(f"{ours[task][role]['mean']:.3f}" for task in tasks)] for role in roles),
+            *([name, *(str(row.get(task, "")) for task in tasks)] for name, row in self.rows.items()),
+        ]
+
     def record(self) -> dict[str, Any]:
         """What results.json says about them."""
         return {"source": self.source, "rows": {name: dict(row) for name, row in self.rows.items()}}

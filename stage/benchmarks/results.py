@@ -48,6 +48,7 @@ def compose_results(
             "headline": benchmark.headline,
             "images_per_prompt": benchmark.images_per_prompt,
             "beside": list(benchmark.beside),
+            "macro": benchmark.macro,
             "prompts_sha256": {
                 split: provenance.prompts_sha256(prompts) for split, prompts in benchmark.splits.items()
             },
@@ -83,7 +84,8 @@ def print_published(
     if benchmark.published is None:
         return
     ours = f"ours with the template {template}" if template else "ours of images made elsewhere"
-    for split, table in ((split, beside_published(parts, benchmark)) for split, parts in scores.items()):
+    for split, parts in scores.items():
+        table = benchmark.published.beside(parts[benchmark.headline])
         shown = Table(
             title=Text(f"{split}: {ours}, and {benchmark.published.source}"), title_justify="left", box=None
         )
@@ -92,20 +94,6 @@ def print_published(
         for row in table[1:]:
             shown.add_row(*row)
         console.print(shown, "")
-
-
-def beside_published(parts: Tables, benchmark: Benchmark) -> list[list[str]]:
-    """Rows of text, headings first: a model or method a row, ours before those of papers, and a task a column."""
-    assert benchmark.published is not None
-    rows = parts[benchmark.headline]
-    tasks = [task for task in rows if any(task in row for row in benchmark.published.rows.values())]
-    roles = [role for role in next(iter(rows.values())) if role not in ("difference", "win_rate")]
-    ours = [[f"ours: {role}", *(f"{rows[task][role]['mean']:.3f}" for task in tasks)] for role in roles]
-    papers = [
-        [name, *(str(row[task]) if task in row else "" for task in tasks)]
-        for name, row in benchmark.published.rows.items()
-    ]
-    return [["", *tasks], *ours, *papers]
 
 
 def print_scores(scores: Mapping[str, Tables], headline: str, confidence: float, console: Console) -> None:

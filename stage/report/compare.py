@@ -145,29 +145,34 @@ def _overall(run: Run, split: str, headline: str) -> tuple[float, float | None]:
     assert run.evaluation is not None
     row = run.evaluation.results["scores"][split][headline]["overall"]
     base = row["base"]["mean"] if "base" in row else None
-    return (row["tuned"]["mean"], base) if "tuned" in row else (row["base"]["mean"], None)
+    return (row["tuned"]["mean"], base) if "tuned" in row else (next(iter(row.values()))["mean"], None)
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
     """Raise ValueError unless all evaluations drew the same prompts from the same base in the same way."""
     for run in runs[1:]:
-        for key in ("benchmark", "settings", "scores"):
+        for key in ("benchmark", "settings", "scores", "scorer"):
             mine, first = (_comparable(r, key) for r in (run, runs[0]))
-            if mine != first:
+            unknown = key == "scorer" and None in (mine, first)  # a scorer without weights, or older results
+            if mine != first and not unknown:
                 raise ValueError(
-                    "evaluations can be compared when base, sampler, seed and prompts are the same; in "
+                    "evaluations can be compared when base, sampler, seed, prompts and scorer are the same; in "
                     f"{key} {run.folder} has {mine}, {runs[0].folder} has {first}. Evaluate both with the same command."
                 )
 
 
 def _comparable(run: Run, key: str) -> Any:
     assert run.evaluation is not None
-    value = run.evaluation.results[key]
+    value = run.evaluation.results.get(key)
+    if value is None:
+        return None
     if key == "settings":
-        return value["base"]
+        return value.get("base")
+    if key == "benchmark":
+        return {name: value.get(name) for name in ("name", "headline", "images_per_prompt")}
     if key == "scores":
         return {
-            split: {t: r["base"]["prompts"] for t, r in next(iter(p.values())).items()}
+            split: {t: next(iter(r.values()))["prompts"] for t, r in next(iter(p.values())).items()}
             for split, p in value.items()
         }
     return value

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage.benchmarks.images import write_atomic
+from stage.benchmarks.published import Published
 from stage.report.curves import PANELS, Curve, run_panel
 from stage.report.gallery import data_uri, galleries
 from stage.report.groups import algorithm_label
@@ -56,6 +57,8 @@ def _content(run: Run) -> dict[str, Any]:
         "run": run,
         "facts": _facts(run),
         "tables": [] if run.evaluation is None else _tables(results),
+        "macro": results["benchmark"].get("macro", True) if results else True,
+        "published": _published(results) if results else None,
         "panels": [{"title": panel.title, "svg": Markup(svg)} for panel, svg in panels if svg is not None],
         "training": _training_rows(run.curves),
         "galleries": [] if run.evaluation is None else galleries(run.evaluation),
@@ -69,9 +72,21 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 def _tables(results: Mapping[str, Any]) -> list[ScoreTable]:
-    """The table of the part that counts, for each split."""
+    """The tables of the parts that count, for each split."""
+    wanted = [results["benchmark"]["headline"], *results["benchmark"].get("beside", [])]
+    return [
+        score_table(split, part, parts[part]) for split, parts in results["scores"].items() for part in wanted
+    ]
+
+
+def _published(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Ours beside what papers print, for each split: rows of text, headings first. None where nothing is published."""
+    published = results["benchmark"].get("published")
+    if published is None:
+        return None
     part = results["benchmark"]["headline"]
-    return [score_table(split, part, parts[part]) for split, parts in results["scores"].items()]
+    tables = {split: Published(**published).beside(parts[part]) for split, parts in results["scores"].items()}
+    return {"source": published["source"], "tables": tables}
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -83,16 +98,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.evaluation is None:
         return facts
     results = run.evaluation.results
-    sampler = results["settings"]["base"]["sampler"]
-    template = results["settings"]["base"].get("template") or {}
+    settings = results["settings"].get("base") or results["settings"]["images"]
+    template = settings.get("template") or {}
     facts += [("template", str(template["name"]))] if "name" in template else []
-    facts += [("reasoning", str(sampler["reasoning"]))] if sampler.get("reasoning") else []
-    facts += [
-        ("guidance", str(sampler.get("guidance_scale", "?"))),
-        ("temperature", str(sampler.get("temperature", "?"))),
-        ("evaluated", results["created"].replace("T", " ").removesuffix("+00:00") + " UTC"),
-    ]
-    return facts
+    sampler = settings.get("sampler")
+    if sampler is None:  # images of another program
+        facts.append(("images", str(settings.get("images"))))
+    else:
+        facts += [("reasoning", str(sampler["reasoning"]))] if sampler.get("reasoning") else []
+        facts.append(("guidance", str(sampler.get("guidance_scale", "?"))))
+        facts.append(("temperature", str(sampler.get("temperature", "?"))))
+    return [*facts, ("evaluated", results["created"].replace("T", " ").removesuffix("+00:00") + " UTC")]
 
 
 def _training_rows(curves: Mapping[str, Curve]) -> list[tuple[str, str, str, str]]:
@@ -134,6 +150,14 @@ def _markdown(run: Run, content: Mapping[str, Any]) -> str:
         lines += [", ".join(f"{name} {value}" for name, value in content["facts"]), ""]
     for table in content["tables"]:
         lines += [f"## {table.split}: {table.part}", "", score_markdown(table), ""]
+    if content["published"]:
+        for split, rows in content["published"]["tables"].items():
+            lines += [
+                f"## {split}: beside {content['published']['source']}",
+                "",
+                markdown(rows[0], rows[1:]),
+                "",
+            ]
     if content["tables"]:
         lines += ["95 % intervals over prompts; the difference is paired by prompt and seed.", ""]
     if content["training"]:

@@ -143,7 +143,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _newest(folder: Path) -> Path | None:
-    found = [*folder.glob(f"evaluation/*/{RESULTS}")]
+    found = [*folder.glob(f"evaluation/*/{RESULTS}"), *folder.glob(f"evaluation/*/*/{RESULTS}")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 OVERALL = "overall"
-NAMES = {"base": "base", "tuned": "tuned", "difference": "difference"}
+NAMES = {
+    "images": "images",
+    "base": "base",
+    "tuned": "tuned",
+    "difference": "difference",
+    "win_rate": "win rate",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Several benchmarks, two stages apart, and images of other programs, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import evaluate
+from stage import launch
+from tests.evaluation_world import World, make_world, run_command
+from tests.test_conf import composed
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world with a second benchmark, `listed`: one split, means over prompts, a win rate, published numbers."""
+    monkeypatch.chdir(tmp_path)
+    world = make_world(tmp_path)
+    (tmp_path / "published.json").write_text(
+        json.dumps({"listed": {"source": "a paper", "rows": {"Theirs": {"overall": 0.9}}}})
+    )
+    node = {
+        "_target_": "stage.benchmarks.benchmark.Benchmark",
+        "_convert_": "all",
+        "name": "listed",
+        "splits": {
+            "test": {
+                "_target_": "stage.benchmarks.lists.read_list",
+                "name": "listed",
+                "path": str(tmp_path / "validation.jsonl"),
+            }
+        },
+        "images_per_prompt": 2,
+        "scorer": {"_target_": "tests.benchmarks.example.Bright", "threshold": 0.5},
+        "headline": "partial",
+        "beside": ["strict"],
+        "rows": {"_target_": "stage.benchmarks.categories.Key", "key": "tag"},
+        "macro": False,
+        "win_rate": True,
+        "published": {
+            "_target_": "stage.benchmarks.published.read_published",
+            "path": str(tmp_path / "published.json"),
+            "table": "listed",
+        },
+    }
+    OmegaConf.save(OmegaConf.create(node), world.groups / "benchmark" / "listed.yaml")
+    OmegaConf.save(
+        OmegaConf.create({"benchmarks": ["listed", "small"]}), world.groups / "benchmark" / "both.yaml"
+    )
+    return world
+
+
+def run(world: World, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    plain = [item for item in world.evaluation if not item.startswith("benchmark=")]
+    return run_command(evaluate.main, [*plain, "++benchmark.images_per_prompt=1", *arguments], monkeypatch)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_several_benchmarks_of_a_checkpoint(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(world, monkeypatch, "benchmark=[small,listed]", f"checkpoint={world.checkpoint}") is None
+    folder = world.run / "evaluation" / "last"
+    small, listed = results(folder), results(folder / "listed")
+    assert small["benchmark"]["name"] == "small" and set(small["scores"]) == {"validation", "heldout"}
+    assert listed["benchmark"]["images_per_prompt"] == 1 and listed["config"]["benchmark"]["name"] == "listed"
+    row = listed["scores"]["test"]["partial"]["overall"]
+    assert set(row) == {"base", "tuned", "difference", "win_rate"}
+    values = {
+        role: [line["parts"]["partial"] for line in listed["images"] if line["model"] == role]
+        for role in ("base", "tuned")
+    }
+    assert row["tuned"]["mean"] == pytest.approx(sum(values["tuned"]) / 3)
+    wins = [(b < t) + (b == t) / 2 for b, t in zip(values["base"], values["tuned"], strict=True)]
+    assert row["win_rate"]["mean"] == pytest.approx(sum(wins) / 3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ours with the template plain, and a paper" in said and "Theirs 0.9" in said
+    page = (folder / "listed" / "report.html").read_text()
+    assert "beside published numbers" in page and "Theirs" in page and "win rate" in page
+    assert "| Theirs | 0.9 |" in (folder / "listed" / "report.md").read_text()
+
+
+def test_a_list_of_benchmarks_by_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(world, monkeypatch, "benchmark=both", "output=out") is None
+    assert results(world.root / "out" / "listed")["timing"]["base"]["images"] == 3
+    assert results(world.root / "out")["timing"]["base"]["images"] == 5
+
+
+def test_drawn_here_and_scored_there(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = "benchmark.scorer._target_=nowhere.Scorer"  # whoever only draws needs no scorer
+    assert run(world, monkeypatch, "benchmark=listed", "score=false", broken, "output=out") is None
+    assert "score=false scores them" in capsys.readouterr().out
+    assert not list((world.root / "out").rglob("results.json"))
+    shutil.copytree(world.root / "out" / "listed" / "test", world.root / "elsewhere")
+    assert run(world, monkeypatch, "benchmark=listed", "output=out") is None
+    here = results(world.root / "out" / "listed")
+    assert here["timing"]["base"]["images"] == 0
+    # Without the model, as images of anybody.
+    assert (
+        run(world, monkeypatch, "benchmark=listed", "images=elsewhere", "output=there", "model=tiny") is None
+    )
+    there = results(world.root / "there" / "listed")
+    assert [line["parts"] for line in there["images"]] == [line["parts"] for line in here["images"]]
+    assert set(there["scores"]["test"]["partial"]["overall"]) == {"images"}
+    assert "elsewhere" in (world.root / "there" / "listed" / "report.html").read_text()
+    both = "images={base: elsewhere, tuned: elsewhere}"
+    assert run(world, monkeypatch, "benchmark=listed", both, "output=paired") is None
+    row = results(world.root / "paired" / "listed")["scores"]["test"]["partial"]["overall"]
+    assert row["difference"]["mean"] == 0 and row["win_rate"]["mean"] == 0.5
+    next((world.root / "elsewhere" / "images").glob("*.png")).unlink()
+    code = run(world, monkeypatch, "benchmark=listed", "images=elsewhere")
+    assert isinstance(code, str) and "is not complete: 1 missing" in code
+
+
+@pytest.mark.parametrize("name", ["geneval", "ocr", "drawbench", "hpsv2", "imagereward"])
+def test_a_benchmark_without_its_list_says_how_to_get_it(name: str) -> None:
+    from hydra.utils import instantiate
+
+    config = composed("evaluate", f"benchmark={name}", "datasets=none")
+    with pytest.raises(Exception) as error:
+        instantiate(config.benchmark.splits)
+    assert "python -m stage.benchmarks.fetch" in str(launch.explain(error.value))
