@@ -76,7 +76,13 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.benchmarks": ("images intervals provenance shapes", "generate", "evaluation", "layout results"),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
-    "stage.speed": ("models machine", "rollout", "plain_step", "training", "__main__"),
+    "stage.speed": (
+        "models machine scorers plain_scores",
+        "rollout rewards",
+        "plain_step",
+        "training",
+        "__main__",
+    ),
     "stage.shapes": (
         "scenes steps",
         "prompts tiny detector signs",

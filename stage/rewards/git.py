@@ -36,7 +36,8 @@ class GITReward:
 
     Args:
         path, revision: folder or repository in the layout of transformers.
-        device, dtype: of the model.
+        device, dtype: of the model. On random weights bfloat16 moves a score by less than 0.15, by 0.02 on average,
+            and float16 by less than 2e-2, by 2e-3 on average.
         batch_size: most pairs of image and question in one forward pass.
     """
 
