@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.optimizer",
         "stage.provenance",
     ),
+    ("stage.weights", "stage.batches"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory"),
@@ -68,7 +69,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "drawing",
     ),
     "stage.rewards": (
-        "batcher batches grid known_answers mentions pixels weights wire",
+        "batcher grid known_answers mentions pixels wire",
         "grounding tower",
         "*",
         "combine remote service",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stage.rewards import grid, known_answers
 from stage.rewards.tower import shared_tower
-from stage.rewards.weights import Home
 from stage.types import Prompt, Scores
+from stage.weights import Home
 
 HOME = Home("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 
