@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.optimizer",
         "stage.provenance",
     ),
+    ("stage.weights", "stage.batches"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory", "stage.drawn"),
@@ -74,7 +75,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "drawing",
     ),
     "stage.rewards": (
-        "batcher batches grid known_answers mentions phrases pixels weights wire",
+        "batcher grid known_answers mentions phrases pixels wire",
         "grounding tower",
         "*",
         "combine by_category remote service",
@@ -90,7 +91,13 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "scoring",
     ),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
-    "stage.speed": ("models machine", "rollout", "plain_step", "training", "__main__"),
+    "stage.speed": (
+        "models machine scorers plain_scores",
+        "rollout rewards",
+        "plain_step",
+        "training",
+        "__main__",
+    ),
     "stage.shapes": (
         "scenes steps",
         "prompts tiny detector signs",

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from stage.detectors.batches import halving, positive
-from stage.detectors.weights import Home, locate, placement, provenance
+from stage.batches import Batches
 from stage.types import Detection
+from stage.weights import Home, locate, placement, provenance
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = (
@@ -25,10 +25,7 @@ TEMPLATES = (
     "a photo of a {color}-colored {name}",
     "a photo of a {color} object",
 )
-HOME = Home(
-    file="open_clip_model.safetensors",
-    download="hf download timm/vit_large_patch14_clip_224.openai open_clip_model.safetensors --local-dir DIRECTORY",
-)
+HOME = Home("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors")
 
 # A picture [H, W, 3], the class of some objects in it, and these objects.
 Sight = tuple[np.ndarray, str, Sequence[Detection]]
@@ -69,7 +66,7 @@ class ClipColors:
                 f"model names an architecture of open_clip, got {model!r}; GenEval has ViT-L-14-quickgelu"
             )
         self.background = ImageColor.getrgb(background)
-        self.batch_size = positive(batch_size, "batch_size")
+        self.batches = Batches(batch_size, "ClipColors")
         self.device, self.dtype = placement(device, dtype)
         file = locate(weights, revision, HOME)
         try:
@@ -79,7 +76,7 @@ class ClipColors:
         ) as error:  # open_clip's readers raise many kinds, and each means that the file will not do
             raise ValueError(
                 f"weights are a state dict that open_clip loads into {model}, {file} is not: {error}. Run "
-                f"`{HOME.download}` and give that file"
+                f"`{HOME.download()}` and give that file"
             ) from error
         self.clip = clip.to(self.device).eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
@@ -100,9 +97,7 @@ class ClipColors:
         names = [name for _, name, objects in sights for _ in objects]
         best = [
             index
-            for part in halving(
-                lambda rows: self._best(crops[rows], names[rows]), len(crops), self.batch_size
-            )
+            for part in self.batches.slices(lambda rows: self._best(crops[rows], names[rows]), len(crops))
             for index in part
         ]
         answers = iter(best)

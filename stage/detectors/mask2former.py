@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage.detectors.batches import halving, positive
+from stage.batches import Batches, positive
 from stage.detectors.coco import CLASS_NAMES
 from stage.detectors.mask2former_pipeline import Frame, Instances, frame, instances, prepare
 from stage.detectors.mask2former_weights import build
 from stage.detectors.mmdet_checkpoint import read_checkpoint
-from stage.detectors.weights import Home, locate, placement, provenance
 from stage.types import Detection, Detections
+from stage.weights import Home, locate, placement, provenance
 
 HOME = Home(
+    repository="",
     file="mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth",
-    download="mim download mmdet --config mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco --dest DIRECTORY",
+    command="mim download mmdet --config mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco --dest DIRECTORY",
 )
 
 
@@ -65,7 +66,7 @@ class Mask2FormerDetector:
         self.max_per_image = positive(max_per_image, "max_per_image")
         self.scale = (int(scale[0]), int(scale[1]))
         self.round_pixels = round_pixels
-        self.batch_size = positive(batch_size, "batch_size")
+        self.batches = Batches(batch_size, "Mask2Former")
         self.device, self.dtype = placement(device, dtype)
         file = locate(weights, revision, HOME)
         model: Any = build(read_checkpoint(file))
@@ -90,7 +91,7 @@ class Mask2FormerDetector:
             )
         sizes = frame((images.shape[1], images.shape[2]), self.scale)
         found: list[Detections] = []
-        for part in halving(lambda rows: self._look(images[rows], sizes), len(images), self.batch_size):
+        for part in self.batches.slices(lambda rows: self._look(images[rows], sizes), len(images)):
             found += part
         return found
 

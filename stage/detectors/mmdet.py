@@ -15,12 +15,13 @@ import torch
 
 from stage.detectors.coco import CLASS_NAMES
 from stage.detectors.mmdet_checkpoint import read_checkpoint
-from stage.detectors.weights import Home, locate, placement, provenance
 from stage.types import Detection, Detections
+from stage.weights import Home, locate, placement, provenance
 
 HOME = Home(
+    repository="",
     file="mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth",
-    download="mim download mmdet --config mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco --dest DIRECTORY",
+    command="mim download mmdet --config mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco --dest DIRECTORY",
 )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stage.rewards import grid, known_answers, weights
+from stage import weights
+from stage.rewards import grid, known_answers
 from stage.rewards.tower import OPENAI_VIT_L_14, shared_tower
 from stage.types import Prompt, Scores
 

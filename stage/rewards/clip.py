@@ -22,7 +22,8 @@ class ClipReward:
     Args:
         path, revision: of the state dict in the layout of open_clip.
         architecture: open_clip's name of the tower; OpenAI's weights need QuickGELU.
-        device, dtype, batch_size: see `stage.rewards.tower.Tower`.
+        device, dtype, batch_size: see `stage.rewards.tower.Tower`. On random weights bfloat16 moves a score by less
+            than 2e-2 and float16 by less than 2e-3.
     """
 
     def __init__(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, known_answers, weights
-from stage.rewards.batches import Batches
+from stage import weights
+from stage.batches import Batches
+from stage.rewards import grid, known_answers
 from stage.rewards.mentions import Mentions, read_mentions
 from stage.rewards.pixels import from_processor
 from stage.types import Prompt, Scores
@@ -36,7 +37,8 @@ class GITReward:
 
     Args:
         path, revision: folder or repository in the layout of transformers.
-        device, dtype: of the model.
+        device, dtype: of the model. On random weights bfloat16 moves a score by less than 0.15, by 0.02 on average,
+            and float16 by less than 2e-2, by 2e-3 on average.
         batch_size: most pairs of image and question in one forward pass.
     """
 

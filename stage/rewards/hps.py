@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stage.rewards import grid, known_answers
 from stage.rewards.tower import shared_tower
-from stage.rewards.weights import Home
 from stage.types import Prompt, Scores
+from stage.weights import Home
 
 HOME = Home("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 
@@ -29,7 +29,8 @@ class HPSReward:
     Args:
         path, revision: of `HPS_v2.1_compressed.pt`.
         architecture: open_clip's name of the tower.
-        device, dtype, batch_size: see `stage.rewards.tower.Tower`.
+        device, dtype, batch_size: see `stage.rewards.tower.Tower`. On random weights bfloat16 moves a score by less
+            than 2e-2 and float16 by less than 2e-3.
     """
 
     def __init__(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage.rewards import grid, known_answers, weights
-from stage.rewards.batches import Batches
+from stage import weights
+from stage.batches import Batches
+from stage.rewards import grid, known_answers
 from stage.rewards.pixels import CLIP_MEAN, CLIP_STD, Pixels
 from stage.types import Prompt, Scores
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, known_answers, weights
-from stage.rewards.batches import Batches
+from stage import weights
+from stage.batches import Batches
+from stage.rewards import grid, known_answers
 from stage.rewards.pixels import from_processor
 from stage.types import Prompt, Scores
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, weights
-from stage.rewards.batches import Batches
+from stage import weights
+from stage.batches import Batches
+from stage.rewards import grid
 from stage.rewards.pixels import Pixels
 from stage.types import Prompt
 
@@ -36,7 +37,7 @@ class Tower:
             else the square in its middle, resized as Pillow does.
 
     Raises:
-        FileNotFoundError, ValueError: weights are missing or do not fit, see `stage.rewards.weights`.
+        FileNotFoundError, ValueError: weights are missing or do not fit, see `stage.weights`.
     """
 
     def __init__(

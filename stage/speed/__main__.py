@@ -12,8 +12,11 @@ import torch
 
 from stage.speed.machine import bandwidth, describe
 from stage.speed.models import LANGUAGE
+from stage.speed.rewards import REWARDS, measure_rewards
 from stage.speed.rollout import measure_rollouts
 from stage.speed.training import measure_steps
+
+RESULTS = Path("experiments/results")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Triton keeps compiled kernels here; unset, it is ~/.triton/cache.
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.rewards is not None:
+        rows = measure_rewards(
+            options.rewards or list(REWARDS), options.reward_images, device, options.reward_shapes == "tiny"
+        )
+        write(options.output or RESULTS / "rewards", {"machine": describe(device), "rewards": rows})
+        return
     speed = bandwidth(device)
     rows, checks = measure_rollouts(
         options.models, options.images, device, dtype, speed, options.baseline_tokens
@@ -35,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.models, options.step_images, device, dtype, options.baseline_tokens
         ),
     }
-    write(options.output, found)
+    write(options.output or RESULTS / "speed", found)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +63,19 @@ def parser() -> argparse.ArgumentParser:
         "--cache", type=Path, default=None, help="folder of compiled kernels, kept between runs"
     )
     made.add_argument(
-        "--output", type=Path, default=Path("experiments/results/speed"), help="written with .md and .json"
+        "--rewards",
+        nargs="*",
+        choices=list(REWARDS),
+        default=None,
+        help="measure rewards instead: these, or all",
+    )
+    made.add_argument("--reward-images", type=int, default=32, help="images of one call of a reward")
+    made.add_argument("--reward-shapes", choices=["real", "tiny"], default="real", help="tiny tries the path")
+    made.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help=f"written with .md and .json; default {RESULTS}/speed, or {RESULTS}/rewards with --rewards",
     )
     return made
 

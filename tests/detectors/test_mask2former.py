@@ -162,7 +162,7 @@ def test_what_is_no_picture_is_refused(images: np.ndarray, checkpoint: Path) -> 
         ({"min_score": 1.5}, "min_score lies in"),
         ({"scale": [800]}, "scale is two sides"),
         ({"scale": [800, 0]}, "scale is two sides"),
-        ({"batch_size": 0}, "batch_size is a whole number"),
+        ({"batch_size": 0}, "batch_size of Mask2Former is a whole number"),
         ({"max_per_image": True}, "max_per_image is a whole number"),
         ({"dtype": "int8"}, "dtype is one of"),
     ],

@@ -86,6 +86,18 @@ def test_batch_size_does_not_matter(folder: Path) -> None:
     torch.testing.assert_close(found[0], found[2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "bound", "mean"), [("bfloat16", 0.15, 0.02), ("float16", 2e-2, 2e-3)])
+def test_half_precision_moves_scores_little(folder: Path, dtype: str, bound: float, mean: float) -> None:
+    """The bounds of the docstring, on random weights far sharper than trained ones."""
+    images = pictures(5, 8, 32, 32)
+    full, half = (
+        GITReward(path=str(folder), **{**SETTINGS, "dtype": name})(images, PROMPTS).parts
+        for name in ("float32", dtype)
+    )
+    moved = (full - half).abs()
+    assert 0 < moved.max() < bound < full.std() and moved.mean() < mean
+
+
 def test_prompts_without_questions_need_no_model(folder: Path) -> None:
     scores = GITReward(path=str(folder), **SETTINGS)(pictures(2, 2), (SPATIAL, NOTHING))
     assert scores.parts[..., 0].tolist() == [[0.0, 0.0], [1.0, 1.0]]

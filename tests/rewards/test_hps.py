@@ -14,8 +14,8 @@ from stage.rewards.clip import ClipReward
 from stage.rewards.combine import Combine
 from stage.rewards.hps import HPSReward
 from stage.rewards.tower import shared_tower
-from stage.rewards.weights import sha256
 from stage.types import ChecksPrompts, Prompt, Scorer
+from stage.weights import sha256
 from tests.rewards.tiny_towers import PROMPTS, by_hand, open_clip_pixels, pictures, tiny_clip
 
 SETTINGS: dict[str, Any] = {"revision": None, "device": "cpu", "dtype": "float32", "batch_size": 4}
@@ -74,11 +74,16 @@ def test_batch_size_does_not_matter(hps: tuple[Any, Path]) -> None:
     torch.testing.assert_close(found[0], found[2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [HPSReward, ClipReward])
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2e-2), ("float16", 2e-3)])
-def test_half_precision_moves_scores_little(hps: tuple[Any, Path], dtype: str, bound: float) -> None:
-    images = pictures()
-    full, half = (reward(hps[1], dtype=name)(images, PROMPTS).parts for name in ("float32", dtype))
-    assert 0 < (full - half).abs().max() < bound
+def test_half_precision_moves_scores_little(
+    hps: tuple[Any, Path], kind: Any, dtype: str, bound: float
+) -> None:
+    """The bounds of the docstrings; the scores themselves differ by ten times as much."""
+    images = pictures(3, 8)
+    settings = {**SETTINGS, "path": str(hps[1]), "architecture": "tiny-clip"}
+    full, half = (kind(**{**settings, "dtype": name})(images, PROMPTS).parts for name in ("float32", dtype))
+    assert 0 < (full - half).abs().max() < bound < full.std() / 5
 
 
 def test_the_same_tower_is_loaded_and_asked_once(hps: tuple[Any, Path], monkeypatch: Any) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def positive(value: int, name: str) -> int:
+    """`value`, if it is a whole number above 0. Raises ValueError otherwise, calling it `name`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is a whole number of at least 1, got {value!r}; set one")
+    return value
 
 
 class Batches:
@@ -20,13 +28,11 @@ class Batches:
 
     Args:
         size: the most rows of one call.
-        name: of the scorer, for messages.
+        name: of the scorer or detector, for messages.
     """
 
     def __init__(self, size: int, name: str) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_size is a whole number of at least 1, got {size!r} for {name}; set one")
-        self.size = size
+        self.size = positive(size, f"batch_size of {name}")
         self.name = name
 
     def run(self, function: Callable[..., Tensor], *columns: Sequence[Any] | Tensor) -> Tensor:
@@ -39,25 +45,31 @@ class Batches:
         Raises:
             RuntimeError: a single row does not fit into memory.
         """
-        found: list[Tensor] = []
-        done, rows = 0, len(columns[0])
+
+        def part(rows: slice) -> Tensor:
+            return function(*(column[rows] for column in columns))
+
+        return torch.cat(list(self.slices(part, len(columns[0]))))
+
+    def slices(self, function: Callable[[slice], Result], rows: int) -> Iterator[Result]:
+        """`function` of consecutive slices, `rows` in all. Raises as `run`."""
+        done = 0
         while done < rows:
-            size = min(self.size, rows - done)
+            part = slice(done, min(done + self.size, rows))
             try:
                 with torch.no_grad():
-                    result = function(*(column[done : done + size] for column in columns))
+                    result = function(part)
             except torch.OutOfMemoryError as error:
-                self._halve(size, error)
+                self._halve(part.stop - part.start, error)
                 continue
-            found.append(result)
-            done += size
-        return torch.cat(found)
+            yield result
+            done = part.stop
 
     def _halve(self, size: int, error: Exception) -> None:
         if size == 1:
             raise RuntimeError(
                 f"one image must fit into the memory that is left, for {self.name} it does not: {error}; put "
-                f"the scorer on another device or use a smaller dtype"
+                f"it on another device or use a smaller dtype"
             ) from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,16 +1,14 @@
-"""Batches that halve when memory runs out; grids of values with their limits."""
+"""Batches that halve when memory runs out."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 
-from stage.rewards import grid
-from stage.rewards.batches import Batches
-from stage.score_checks import UnusableScores
-from stage.types import Prompt, Scores
+from stage.batches import Batches
 
 
 def test_rows_come_back_in_order() -> None:
@@ -58,18 +56,21 @@ def test_other_errors_pass() -> None:
         Batches(4, "x").run(lambda rows: rows[0] // 0 if 1 // 0 else rows, [1])
 
 
-def test_values_are_held_to_their_limits() -> None:
-    images, prompts = torch.zeros(2, 2, 4, 4, 3, dtype=torch.uint8), (Prompt(0, "one"), Prompt(1, "two"))
+def test_slices_give_whatever_the_function_gives() -> None:
+    batches = Batches(4, "detector")
+    seen = []
 
-    def fold(values: list[float], limits: tuple[float, float]) -> Scores:
-        return grid.fold(torch.tensor(values), images, prompts, "abcd", limits, "git")
+    def hungry(rows: slice) -> list[int]:
+        if rows.stop - rows.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(rows)
+        return list(range(rows.start, rows.stop))
 
-    scores = fold([0.0, 0.5, 1.004, -0.004], (0.0, 1.0))
-    # A rounding error of half precision is cut off at the limit.
-    assert scores.parts.tolist() == [[[0.0], [0.5]], [[1.0], [0.0]]]
-    assert scores.reasons == (("a", "b"), ("c", "d")) and scores.ranges == ((0.0, 1.0),)
-    for wrong in (1.5, -0.2, float("nan"), float("inf")):
-        with pytest.raises(UnusableScores, match=r"git gave: sample 0 of 'two' got"):
-            fold([0.0, 0.5, wrong, 0.1], (0.0, 1.0))
-    with pytest.raises(UnusableScores, match="finite"):
-        fold([0.0, 0.5, float("inf"), 0.1], (-float("inf"), float("inf")))
+    found = list(batches.slices(hungry, 5))
+    assert found == [[0, 1], [2, 3], [4]] and batches.size == 2 and len(seen) == 3
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 2.0])
+def test_a_size_is_a_whole_number(size: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size of x is a whole number of at least 1"):
+        Batches(size, "x")

@@ -1,4 +1,4 @@
-"""The weights of a scorer: where they lie, what they are, and whether they fit the architecture they are for."""
+"""The weights of a scorer or detector: where they lie, what they are, and whether they fit their architecture."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ FOLDER = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 @dataclass(frozen=True)
 class Home:
-    """Where weights are published: a repository of the Hugging Face hub and a file in it, "" for all files."""
+    """Where weights are published: a repository of the Hugging Face hub and a file in it, "" for all files.
+
+    What is not on the hub has the `command` that fetches the file into a folder DIRECTORY.
+    """
 
     repository: str
     file: str = ""
+    command: str = ""
 
     def download(self) -> str:
         """The command that fetches them."""
-        return f"hf download {' '.join(filter(None, (self.repository, self.file)))} --local-dir DIRECTORY"
+        return (
+            self.command
+            or f"hf download {' '.join(filter(None, (self.repository, self.file)))} --local-dir DIRECTORY"
+        )
 
 
 def locate(path: str, revision: str | None, home: Home) -> Path:
@@ -54,7 +61,7 @@ def locate(path: str, revision: str | None, home: Home) -> Path:
             first = str(error).splitlines()[0]
             reason = f"it is not here, and the hub did not give it ({type(error).__name__}: {first})"
     raise FileNotFoundError(
-        f"weights must be there before training starts, looked for {str(path)!r}"
+        f"weights must be there before the first rollout, looked for {str(path)!r}"
         f"{f' at revision {revision!r}' if revision else ''}: {reason}. Run `{home.download()}` where there is a "
         f"network, and give {'the file' if home.file else 'that directory'} as path"
     )
@@ -221,6 +228,6 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"the device of a scorer must be there, got {device!r} without CUDA; set device to cpu"
+            f"the device of a scorer or detector must be there, got {device!r} without CUDA; set device to cpu"
         )
     return place, DTYPES[dtype]
