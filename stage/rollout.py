@@ -149,7 +149,7 @@ def draw(
     The uniforms behind a sample are a function of (seed, update, prompt id, sample index) alone, so it does
     not matter which other prompts are drawn in the same call.
     """
-    prompt_tokens = drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
+    prompt_tokens = tokenized(policy, sampler, prompts)
     noise = drawing.noise(policy, sampler, seed, update, [prompt.id for prompt in prompts], group_size)
     return prompt_tokens, drawing.draw(policy, sampler, prompt_tokens, noise)
 
@@ -215,37 +215,80 @@ def collect(
     distribution = scored_distribution(objective, sampler)
     parts = micro_batches(len(prompts), group_size, objective.micro_batch)
     with torch.no_grad():
-        numbers: dict[str, Any] = {"group_size": group_size, "seed": seed, "update": update, "watch": watch}
-        make = partial(draw_and_score, policy, sampler, scorer, features=objective.features, **numbers)
-        rounds = objective.resampling_rounds
+        make = partial(
+            draw_and_score,
+            policy,
+            sampler,
+            scorer,
+            features=objective.features,
+            group_size=group_size,
+            seed=seed,
+            update=update,
+            watch=watch,
+        )
         look = None if reference is None else partial(look_back, reference, parts, distribution)
-        # With resampling the rewards decide first which groups the reference reads.
-        prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
-        kept, groups_drawn = replaced(first, make, spare, rounds=rounds, update=update)
-        if kept is not first:
-            prompts = kept.prompts
-            prompt_tokens = drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
-        samples, scores = kept.samples, kept.scores
-        if rounds and look is not None:
-            with watch("reference"):
-                seen = look(prompt_tokens, samples)
+        rounds = objective.resampling_rounds
+        prompt_tokens, kept, seen, count = draw_groups(
+            make,
+            partial(tokenized, policy, sampler),
+            prompts,
+            spare,
+            look,
+            rounds=rounds,
+            update=update,
+            beside=beside,
+            watch=watch,
+        )
+        samples = kept.samples
     with watch("replay"), torch.set_grad_enabled(differentiable):
         live = look_back(policy, parts, distribution, prompt_tokens, samples)
     rollout = Rollout(
         update=update,
-        prompts=tuple(prompts),
+        prompts=kept.prompts,
         prompt_tokens=prompt_tokens,
         tokens=samples.tokens,
         codes=kept.codes,
         images=kept.images,
-        scores=map_tensors(scores.at(update), lambda tensor: tensor.to(samples.tokens.device)),
+        scores=map_tensors(kept.scores.at(update), lambda tensor: tensor.to(samples.tokens.device)),
         old=map_tensors(live, Tensor.detach),
         reference=seen,
         sampled_logps=samples.logps,
         plans=samples.plans,
         plan_weight=None if samples.plans is None else sampler.reasoning_weight,
     )
-    return Collected(rollout, live if differentiable else None, groups_drawn)
+    return Collected(rollout, live if differentiable else None, count)
+
+
+def draw_groups(
+    make: Callable[..., tuple[PromptTokens, Drawn, TokenScores | None]],
+    tokenize: Callable[[Sequence[Prompt]], PromptTokens],
+    prompts: Sequence[Prompt],
+    spare: Callable[[int], Sequence[Prompt]] | None,
+    look: Callable[[PromptTokens, Samples], TokenScores] | None,
+    *,
+    rounds: int,
+    update: int,
+    beside: bool,
+    watch: Stopwatch,
+) -> tuple[PromptTokens, Drawn, TokenScores | None, int]:
+    """Prompt tokens, groups with their rewards, what the reference finds in them, and how many groups were drawn for them.
+
+    Without `rounds` of resampling the reference may read while the scorer works; with them the rewards decide first
+    which groups it reads.
+    """
+    prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
+    kept, count = replaced(first, make, spare, rounds=rounds, update=update)
+    if kept is not first:
+        prompt_tokens = tokenize(kept.prompts)
+    if rounds and look is not None:
+        with watch("reference"):
+            seen = look(prompt_tokens, kept.samples)
+    return prompt_tokens, kept, seen, count
+
+
+def tokenized(policy: Any, sampler: Any, prompts: Sequence[Prompt]) -> PromptTokens:
+    """Tokens of prompts as this sampler begins."""
+    return drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
 
 
 def look_back(

@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from stage.rewards import grid, weights
-from stage.rewards.batches import Batches
+from stage.batches import Batches
 from stage.rewards.pixels import CLIP_MEAN, CLIP_STD
 from stage.types import Prompt, Scores
 
