@@ -83,7 +83,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.benchmarks": (
         "images intervals provenance categories published lists",
-        "benchmark share outside fetch compbench",
+        "benchmark share outside fetch compbench official",
         "shapes generate",
         "evaluation",
         "layout results",

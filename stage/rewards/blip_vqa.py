@@ -27,7 +27,8 @@ class BlipVQAReward:
     BLIPvqa_eval/models/blip_vqa.py (`vqa_prob`).
 
     Departures:
-        1. The vision tower sees each image once, not once a phrase, and pairs go through in batches.
+        1. The vision tower sees each image once, not once a phrase. Pairs whose questions have the same number of
+           tokens go through together, so that nothing is padded and no mask decides.
         2. Probabilities are not rounded to four decimals before they are multiplied.
         3. A prompt without a noun phrase is an error; there it scores 1.
 
@@ -92,7 +93,7 @@ class BlipVQAReward:
         group, pictures = images.shape[1], images.flatten(0, 1)
         seen = self.batches.run(self._look, pictures)
         rows = [(i, text) for i in range(len(pictures)) for text in asked[i // group]]
-        yes = self.batches.run(lambda batch: self._yes(seen, batch), rows).tolist()
+        yes = self._ask(seen, rows)
         values = torch.ones(len(pictures), dtype=torch.float64)
         answers: list[list[str]] = [[] for _ in pictures]
         for (i, text), value in zip(rows, yes, strict=True):
@@ -121,24 +122,30 @@ class BlipVQAReward:
         states: Tensor = self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
         return states
 
-    def _yes(self, seen: Tensor, rows: list[tuple[int, str]]) -> Tensor:
-        """Probabilities `[N]` of yes against no for N rows of (picture number, question)."""
-        texts = [text for _, text in rows]
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).to(self.device)
-        ids = tokens["input_ids"].clone()
-        ids[:, 0] = self.ask
+    def _ask(self, seen: Tensor, rows: list[tuple[int, str]]) -> list[float]:
+        """The probability of yes against no for each (picture number, question)."""
+        tokens = {text: self._tokens(text) for _, text in rows}
+        lengths: dict[int, list[int]] = {}
+        for place, (_, text) in enumerate(rows):
+            lengths.setdefault(len(tokens[text]), []).append(place)
+        found = [0.0] * len(rows)
+        for places in lengths.values():
+            alike = [(rows[place][0], tokens[rows[place][1]]) for place in places]
+            values = self.batches.run(lambda batch: self._yes(seen, batch), alike)
+            for place, value in zip(places, values.tolist(), strict=True):
+                found[place] = value
+        return found
+
+    def _tokens(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        return [self.ask, *ids[1:]]
+
+    def _yes(self, seen: Tensor, rows: list[tuple[int, list[int]]]) -> Tensor:
+        """Probabilities `[N]` of yes against no for N rows of (picture number, tokens), all equally many."""
         states = seen[[i for i, _ in rows]]
         question = self.model.text_encoder(
-            input_ids=ids,
-            attention_mask=tokens["attention_mask"],
-            encoder_hidden_states=states,
-            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=self.device),
+            input_ids=torch.tensor([ids for _, ids in rows], device=self.device), encoder_hidden_states=states
         ).last_hidden_state
-        logits = self.model.text_decoder(
-            input_ids=torch.full((len(rows), 1), self.begin, device=self.device),
-            encoder_hidden_states=question,
-            encoder_attention_mask=tokens["attention_mask"],
-        ).logits[:, 0]
+        begin = torch.full((len(rows), 1), self.begin, device=self.device)
+        logits = self.model.text_decoder(input_ids=begin, encoder_hidden_states=question).logits[:, 0]
         return torch.sigmoid((logits[:, self.yes] - logits[:, self.no]).float())

@@ -67,10 +67,7 @@ def by_hand(folder: Path, image: torch.Tensor, question: list[str]) -> float:
     from transformers import BlipForQuestionAnswering
 
     model = BlipForQuestionAnswering.from_pretrained(folder).eval()
-    pixels = torch.nn.functional.interpolate(
-        image.permute(2, 0, 1)[None].float(), (24, 24), mode="bicubic", antialias=True
-    )
-    pixels = pixels.round().clamp(0, 255) / 255
+    pixels = image.permute(2, 0, 1)[None].float() / 255
     pixels = (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
     ids = torch.tensor(
         [[BEGIN + 1, *(VOCABULARY.index(word) for word in question), VOCABULARY.index("[SEP]")]]
@@ -94,7 +91,7 @@ def by_hand(folder: Path, image: torch.Tensor, question: list[str]) -> float:
 
 
 def test_every_phrase_is_asked_and_multiplied(folder: Path) -> None:
-    images = pictures(2, 2, 32, 32)
+    images = pictures(2, 2, 24, 24)
     scores = reward(folder)(images, PROMPTS)
     questions = [[["a", "red", "cat", "?"], ["a", "blue", "dog", "?"]], [["a", "zebra", "?"]]]
     for p in range(2):
@@ -107,13 +104,17 @@ def test_every_phrase_is_asked_and_multiplied(folder: Path) -> None:
 
 
 def test_the_size_of_a_batch_changes_nothing(folder: Path) -> None:
-    images = pictures(2, 3, 32, 32)
+    images = pictures(2, 3, 24, 40)
     one, many = (reward(folder, batch_size=size)(images, PROMPTS).parts for size in (1, 64))
     torch.testing.assert_close(one, many, atol=1e-5, rtol=0)
 
 
+def test_any_image_becomes_a_square(folder: Path) -> None:
+    assert reward(folder)._look(pictures(1, 2, 24, 40).flatten(0, 1)).shape == (2, 1 + (24 // 8) ** 2, 16)
+
+
 def test_only_so_many_phrases_are_asked(folder: Path) -> None:
-    images = pictures(1, 1, 32, 32)
+    images = pictures(1, 1, 24, 24)
     first = reward(folder, most=1)(images, PROMPTS[:1])
     assert first.reasons[0][0].count("?") == 1
     assert first.parts.item() == pytest.approx(
