@@ -271,7 +271,7 @@ def draw_groups(
     beside: bool,
     watch: Stopwatch,
 ) -> tuple[PromptTokens, Drawn, TokenScores | None, int]:
-    """Prompt tokens, groups with their rewards, what the reference finds in them, and how many groups were drawn for them.
+    """Prompt tokens, groups with their rewards, what the reference finds in them, and how many groups were drawn.
 
     Without `rounds` of resampling the reference may read while the scorer works; with them the rewards decide first
     which groups it reads.

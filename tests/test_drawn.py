@@ -90,6 +90,7 @@ def rollout(
         seed=5,
         group_size=2,
         differentiable=False,
+        beside=False,
         watch=Stopwatch(torch.device("cpu")),
         spare=lambda number: SPARES[:number],
     )

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.rewards import grid, weights
+from stage import weights
+from stage.rewards import grid
 from stage.types import Prompt, Scores
 
 

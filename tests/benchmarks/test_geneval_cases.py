@@ -64,7 +64,7 @@ def geneval(cases: Sequence[dict[str, Any]], path: Path) -> Benchmark:
     prompts = [
         Prompt(n, f"{n}: {case['metadata']['prompt']}", case["metadata"]) for n, case in enumerate(cases)
     ]
-    reward = GenEvalReward(detector=Recorded(cases), color_classifier=None, **settings)  # type: ignore[arg-type]
+    reward = GenEvalReward(detector=Recorded(cases), color_classifier=None, **settings)
     return Benchmark(**{**vars(made), "splits": {"test": prompts}, "scorer": reward})
 
 

@@ -101,7 +101,7 @@ def expected_loss(
         policy = -sum(gains) / (prompts * group * length)
     else:
         policy = -sum(g / (w + tiny) for g, w in zip(gains, weights_of, strict=True)) / prompts
-    return policy + beta * sum(kls) / prompts
+    return torch.as_tensor(policy + beta * sum(kls) / prompts)
 
 
 CASES: dict[str, tuple[Any, Term, str]] = {
