@@ -213,7 +213,9 @@ def collect(
     parts = micro_batches(len(prompts), group_size, objective.micro_batch)
     with torch.no_grad():
         numbers: dict[str, Any] = {"group_size": group_size, "seed": seed, "update": update, "watch": watch}
-        make = partial(draw_and_score, policy, sampler, scorer, features=objective.features, **numbers)
+        make: Callable[[Sequence[Prompt]], tuple[PromptTokens, Drawn]] = partial(
+            draw_and_score, policy, sampler, scorer, features=objective.features, **numbers
+        )
         prompt_tokens, first = make(prompts)
         kept, groups_drawn = replaced(first, make, spare, rounds=objective.resampling_rounds, update=update)
         if kept is not first:

@@ -105,7 +105,7 @@ def test_a_sweep_is_one_that_wandb_knows(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_schema_of_wandb_accepts_it(file: Path) -> None:
     engine = pytest.importorskip(
-        "sweeps.config.schema", reason="W&B's sweeps engine, which has its JSON schema, is not installed"
+        "sweeps.config.cfg", reason="W&B's sweeps engine, which has its JSON schema, is not installed"
     )
     assert engine.schema_violations_from_proposed_config(load(file)) == []
 
