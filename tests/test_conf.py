@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ FOLDERS = {"reward/reader/paddleocr": ["reward.reader.folder=models"]}
 ADDED = {"lightning.pytorch.Trainer": {"logger", "callbacks"}}
 
 
-def composed(main: str, *overrides: str) -> DictConfig:
+@cache
+def register() -> None:
     launch.register_experiments(EXPERIMENTS)
+
+
+def composed(main: str, *overrides: str) -> DictConfig:
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(main, list(overrides))
 

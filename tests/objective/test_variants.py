@@ -96,12 +96,13 @@ def expected_loss(
     tiny = 1e-6 if reweight else 0.0
     if divisor == "batch":
         # Σ over everything / Σ weights; the divisor of a group is the mean sum of weights, plus epsilon
-        policy = -sum(gains) / (prompts * (sum(weights_of) / prompts + tiny))
+        policy = -torch.stack(gains).sum() / (prompts * (sum(weights_of) / prompts + tiny))
     elif divisor == "fixed":
-        policy = -sum(gains) / (prompts * group * length)
+        policy = -torch.stack(gains).sum() / (prompts * group * length)
     else:
-        policy = -sum(g / (w + tiny) for g, w in zip(gains, weights_of, strict=True)) / prompts
-    return torch.as_tensor(policy + beta * sum(kls) / prompts)
+        means = [g / (w + tiny) for g, w in zip(gains, weights_of, strict=True)]
+        policy = -torch.stack(means).mean()
+    return policy + beta * torch.stack(kls).mean()
 
 
 CASES: dict[str, tuple[Any, Term, str]] = {
