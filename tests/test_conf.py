@@ -121,6 +121,17 @@ def test_every_option_is_one_class_with_its_arguments(option: str) -> None:
     assert all_faults(config) == []
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
+def test_every_model_can_change_its_attention_template_and_adapter(name: str) -> None:
+    """Without a plus sign, as error messages tell the user to."""
+    config = composed(
+        "train",
+        *(f"model={name}", "model.attention=eager", "model/adapter=lora", "model/template=release"),
+    )
+    assert (config.model.attention, config.model.template.name) == ("eager", "release")
+    assert config.model.adapter.rank > 0
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in EXPERIMENTS.glob("*.yaml")) or [None])
 def test_every_experiment_composes(name: str | None) -> None:
     if name is None:

@@ -29,6 +29,21 @@ TOWERS = {
 }
 _HEAD_SIZE = 64  # of a vision tower that nothing is known of, where it divides the width
 _TOWER, _VQ, _LAYER = "vision_model.vision_tower", "gen_vision_model", "language_model.model.layers.0"
+# Tensors that sizes are read from, by their number of axes.
+_AXES = {
+    2: (
+        "language_model.model.embed_tokens.weight",
+        *(f"{_LAYER}.{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "mlp.gate")),
+        *(f"{_TOWER}.blocks.0.mlp.fc1.weight", "aligner.layers.0.weight"),
+        *(f"{_VQ}.quantize.embedding.weight", "gen_head.output_mlp_projector.weight"),
+    ),
+    3: (f"{_TOWER}.pos_embed",),
+    4: (
+        f"{_TOWER}.patch_embed.proj.weight",
+        f"{_VQ}.encoder.conv_in.weight",
+        f"{_VQ}.decoder.conv_out.weight",
+    ),
+}
 
 
 def transformers_config(config: Json, shapes: Shapes, meta: Json, *, tied: bool) -> JanusConfig:
@@ -44,6 +59,7 @@ def transformers_config(config: Json, shapes: Shapes, meta: Json, *, tied: bool)
     Raises ValueError where configuration and tensors contradict each other, or for parts that Janus-Pro does not have.
     """
     _check_parts(config)
+    _check_axes(shapes)
     try:
         text = _text_config(config.get("language_config", {}), shapes)
         vision = _vision_config(config, shapes, meta)
@@ -114,6 +130,17 @@ def _check_parts(config: Json) -> None:
                 f"{part}.params.{key} must be {' or '.join(known)}, as in Janus-Pro; config.json has {value!r}. "
                 "This model is not a Janus-Pro."
             )
+
+
+def _check_axes(shapes: Shapes) -> None:
+    """Raise ValueError for a tensor that sizes are read from and that has another number of axes."""
+    for axes, names in _AXES.items():
+        for name in names:
+            if name in shapes and len(shapes[name]) != axes:
+                raise ValueError(
+                    f"{name} must have {axes} axes; got the shape {list(shapes[name])}. "
+                    "Copy or download the checkpoint again."
+                )
 
 
 def _text_config(language: Json, shapes: Shapes) -> LlamaConfig:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_model(source: ModelFolder, dtype: torch.dtype) -> JanusForConditionalGe
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; a mistake ends it with one text and exit status 1."""
+    """The command line; a mistake or a signal ends it with one text, and leaves no files."""
     parser = argparse.ArgumentParser(prog="python -m stage.policy.checkpoint", description=__doc__)
     command = parser.add_subparsers(required=True).add_parser(
         "convert", help="write a checkpoint in the other layout, or in new shards; SRC is not changed"
@@ -92,12 +93,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file, in MiB (%(default)s)"
     )
     given = parser.parse_args(arguments)
+    if given.shard_mb < 1:
+        parser.error(f"--shard-mb must be at least 1; got {given.shard_mb}")
+    # What a job scheduler sends must clean up as Ctrl-C does; the status is the one that a shell reports.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         source = model_folder(given.source, given.revision, given.subfolder)
         words = model_folder(given.tokenizer) if given.tokenizer else source
         convert(source, given.destination, given.to, words=words, shard_bytes=given.shard_mb << 20)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was written\n")
+        sys.exit(128 + signal.SIGINT)
     sys.stdout.write(f"{given.source} in the layout of {given.to} is in {given.destination}\n")
 
 

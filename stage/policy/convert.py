@@ -23,7 +23,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from stage.policy.architecture import original_config
-from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS, Faults, ModelFolder, open_folder
+from stage.policy.layout import (
+    EMBEDDING,
+    HEAD,
+    MULTI_MODALITY,
+    TRANSFORMERS,
+    Faults,
+    ModelFolder,
+    open_folder,
+)
 from stage.policy.names import Shape, join, original_shapes, to_transformers, unread_shapes
 from stage.policy.text import TOKENIZER_FILES, write_for_the_original, write_for_transformers
 from stage.policy.weights import (
@@ -35,7 +43,6 @@ from stage.policy.weights import (
     write_shard,
 )
 
-HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 KEPT = ("config.json", "meta.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES[1:])
 
 
@@ -104,7 +111,7 @@ def write_checkpoint(
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A temporary folder beside `destination` that becomes it when the block ends well, and is removed otherwise."""
-    if destination.exists():
+    if destination.exists() or destination.is_symlink():
         raise FileExistsError(
             f"{destination} exists, and nothing is overwritten; name a folder that does not."
         )

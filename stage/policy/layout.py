@@ -5,7 +5,6 @@ The layout is recognised from config.json, or from tensor names where config.jso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from stage.policy.names import (
 from stage.policy.weights import Stored, Weights, read_json, require
 
 TRANSFORMERS, MULTI_MODALITY = "transformers", "multi_modality"
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 LISTED = 20  # names of a kind that a message prints
 
 
@@ -110,9 +110,17 @@ class ModelFolder:
     def _config(self) -> JanusConfig:
         config = JanusConfig.from_pretrained(self.folder, local_files_only=True)
         stated = read_json(self.folder / "config.json")
-        if "tie_word_embeddings" not in stated and "lm_head.weight" in self.tensors:
-            config.tie_word_embeddings = False  # the default would overwrite one of the two
+        if not self._tied(bool(stated.get("tie_word_embeddings", False))):
+            config.tie_word_embeddings = False  # as tied, one of the two would be lost
         return config
+
+    def _tied(self, stated: bool) -> bool:
+        """Whether the text head is the embedding: it has no tensor, or it is `stated` to be and the numbers agree."""
+        if HEAD not in self.tensors:
+            return True
+        if not stated or self.shapes[HEAD] != self.shapes.get(EMBEDDING):
+            return False
+        return torch.equal(self.read(HEAD), self.read(EMBEDDING))
 
 
 class OriginalFolder(ModelFolder):
@@ -136,7 +144,7 @@ class OriginalFolder(ModelFolder):
 
     def _read_names(self) -> list[str]:
         tied = bool(self.config.tie_word_embeddings)
-        return [name for name in self.tensors if not (tied and name == "lm_head.weight")]
+        return [name for name in self.tensors if not (tied and name == HEAD)]
 
     def _sort(self) -> None:
         for original, item in self.weights.stored.items():
@@ -158,18 +166,10 @@ class OriginalFolder(ModelFolder):
             stated,
             {name: item.shape for name, item in shapes.items()},
             read_json(meta) if meta.is_file() else {},
-            tied=self._tied(stated),
+            tied=self._tied(bool(stated.get("language_config", {}).get("tie_word_embeddings", False))),
         )
-        config.dtype = self.tensors["model.language_model.embed_tokens.weight"].dtype
+        config.dtype = self.tensors[EMBEDDING].dtype
         return config
-
-    def _tied(self, stated: Mapping[str, Any]) -> bool:
-        """Whether the text head is the embedding: it has no tensor, or the config ties it and the numbers agree."""
-        if "lm_head.weight" not in self.tensors:
-            return True
-        if not stated.get("language_config", {}).get("tie_word_embeddings", False):
-            return False
-        return torch.equal(self.read("lm_head.weight"), self.read("model.language_model.embed_tokens.weight"))
 
 
 def open_folder(folder: Path) -> ModelFolder:
@@ -199,13 +199,13 @@ def expected_shapes(config: JanusConfig) -> dict[str, Shape]:
         state = JanusForConditionalGeneration(config).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
+        shapes.pop(HEAD, None)
     return shapes
 
 
 def compare(found: Shapes, wanted: Shapes, strange: list[str], *, tied: bool) -> Faults:
     """The faults of `found` against `wanted`; a tied head may be stored beside its embedding."""
-    extra = [name for name in found if name not in wanted and not (tied and name == "lm_head.weight")]
+    extra = [name for name in found if name not in wanted and not (tied and name == HEAD)]
     return Faults(
         missing=tuple(name for name in wanted if name not in found),
         unexpected=(*strange, *extra),

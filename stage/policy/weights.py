@@ -87,7 +87,7 @@ class Weights:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
                     part = opened.get_slice(name)
-                    yield name, Stored(tuple(part.get_shape()), _TYPES[part.get_dtype()], file)
+                    yield name, Stored(tuple(part.get_shape()), _type(file, name, part.get_dtype()), file)
         except SafetensorError as error:
             raise _damaged(file, "safetensors", error) from error
 
@@ -176,6 +176,16 @@ def require(folder: Path, name: str) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"a checkpoint folder must contain {name}; {folder} does not. Copy it there.")
     return file
+
+
+def _type(file: Path, tensor: str, name: str) -> torch.dtype:
+    """torch's type of a tensor in a safetensors file, by the name that the format gives it."""
+    if name not in _TYPES:
+        raise ValueError(
+            f"tensors must be of a type of torch, {', '.join(_TYPES)}; {tensor} in {file} is {name}. "
+            "Take a checkpoint that is not quantised."
+        )
+    return _TYPES[name]
 
 
 def _damaged(file: Path, kind: str, error: Exception) -> ValueError:

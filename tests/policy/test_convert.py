@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,20 @@ def test_a_head_of_its_own_is_not_tied_by_default(models: tuple[Path, Path], tmp
     assert torch.equal(model.lm_head.weight, stored.get("lm_head.weight", embedding))
 
 
+def test_a_head_that_differs_is_kept_whatever_the_configuration_says(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Both are in the file: to write the embedding alone would lose the head."""
+    folder = Path(shutil.copytree(random_checkpoint, tmp_path / "janus"))
+    stored = tensors(folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    stored["lm_head.weight"] = stored["model.language_model.embed_tokens.weight"] + 1
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    convert(folder, tmp_path / "out", TRANSFORMERS)
+    assert same(tensors(tmp_path / "out"), stored)
+    assert not load(tmp_path / "out").model.config.tie_word_embeddings
+
+
 class TestFaults:
     """Every tensor has its place, or all of their names are listed and nothing is written."""
 
@@ -204,6 +219,47 @@ class TestFaults:
     def test_fused_rows_that_cannot_be_cut(self, original: Path, tmp_path: Path) -> None:
         self.change(original, **{"vision_model.vision_tower.blocks.0.attn.qkv.bias": torch.zeros(95)})
         with pytest.raises(ValueError, match=r"3 tensors are of another shape.*\[95\] for \[32\]"):
+            convert(original, tmp_path / "out", TRANSFORMERS)
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "message"),
+        [
+            # the axis of one cut off, and a second axis that a square grid could have: 36 = 6 x 6
+            ("vision_model.vision_tower.pos_embed", torch.zeros(16, 36), r"must have 3 axes; .*\[16, 36\]"),
+            ("language_model.model.embed_tokens.weight", torch.zeros(5), r"must have 2 axes; .*\[5\]"),
+            ("aligner.layers.0.weight", torch.tensor(1.0), r"must have 2 axes; .*\[\]"),
+            ("gen_embed.weight", torch.zeros(7, 8, dtype=torch.uint16), "gen_embed.weight in .* is U16"),
+        ],
+    )
+    def test_tensors_that_sizes_cannot_be_read_from(
+        self, original: Path, tmp_path: Path, name: str, tensor: Tensor, message: str
+    ) -> None:
+        self.change(original, **{name: tensor})
+        with pytest.raises(ValueError, match=message):
+            convert(original, tmp_path / "out", TRANSFORMERS)
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_leaves_nothing_behind(
+        self, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+    ) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(conversion, "write_shard", lambda *_: signal.raise_signal(number))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                main(["convert", str(original), str(tmp_path / "out"), "--to", "transformers"])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert caught.value.code == status
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["original"]
+
+    def test_a_shard_has_a_size(self, original: Path, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(["convert", str(original), str(tmp_path / "out"), "--to", "transformers", "--shard-mb", "0"])
+        assert caught.value.code == 2 and not (tmp_path / "out").exists()
+
+    def test_a_link_that_leads_nowhere_is_not_overwritten(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(FileExistsError, match="out exists"):
             convert(original, tmp_path / "out", TRANSFORMERS)
 
     def test_the_command_ends_with_status_1(
