@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from stage.benchmarks.benchmark import Benchmark
 from stage.benchmarks.evaluation import Judged, add_up
 from stage.benchmarks.intervals import Bootstrap
+from stage.rewards.geneval import GenEvalReward
 from stage.types import Detection, Detections, Prompt
 from tests.test_conf import composed
 
@@ -47,30 +48,29 @@ class Recorded:
         return self.cases[int(image[0, 0, 0]) * 256 + int(image[0, 0, 1])]
 
 
-def geneval(cases: Sequence[dict[str, Any]], path: Path) -> Benchmark:
+def geneval(cases: Sequence[dict[str, Any]]) -> Benchmark:
     """The benchmark as conf/benchmark/geneval.yaml has it, with recorded detections and the prompts of the cases."""
-    config = composed("evaluate", "benchmark=geneval", "++benchmark.images_per_prompt=1").benchmark
-    node: Any = OmegaConf.to_container(config.copy(), resolve=False)
-    for name in ("detector", "color_classifier"):
-        node["scorer"][name] = None
-    node["splits"] = {}
+    node: Any = OmegaConf.to_container(composed("evaluate", "benchmark=geneval").benchmark, resolve=False)
     scorer = node.pop("scorer")
-    settings = {
-        key: value for key, value in scorer.items() if key not in ("_target_", "detector", "color_classifier")
-    }
-    from stage.rewards.geneval import GenEvalReward
-
-    made = instantiate(OmegaConf.create({**node, "scorer": None}))
+    # The cases hold what the detector's threshold has let through already, for counting too.
+    limits = {"counting_threshold": scorer["threshold"]}
+    known = {key: scorer[key] for key in ("partial", "weights", "threshold", "max_objects", "nms_threshold")}
+    margin = scorer["position_margin"]
+    reward = GenEvalReward(Recorded(cases), None, **known, **limits, position_margin=margin)
     prompts = [
         Prompt(n, f"{n}: {case['metadata']['prompt']}", case["metadata"]) for n, case in enumerate(cases)
     ]
+<<<<<<< HEAD
     reward = GenEvalReward(detector=Recorded(cases), color_classifier=None, **settings)
+=======
+    made = instantiate(OmegaConf.create({**node, "splits": {}, "scorer": None}))
+>>>>>>> help-k
     return Benchmark(**{**vars(made), "splits": {"test": prompts}, "scorer": reward})
 
 
-def test_verdicts_and_aggregates_of_the_golden_cases(shared: Path, tmp_path: Path) -> None:
+def test_verdicts_and_aggregates_of_the_golden_cases(shared: Path) -> None:
     cases = json.loads((shared / "golden" / "geneval_scoring_cases.json").read_text())
-    bench = geneval(cases, tmp_path)
+    bench = geneval(cases)
     prompts = bench.prompts("test")
     pictures = torch.zeros(len(cases), 1, 2, 2, 3, dtype=torch.uint8)
     for number in range(len(cases)):
