@@ -60,11 +60,7 @@ def geneval(cases: Sequence[dict[str, Any]]) -> Benchmark:
     prompts = [
         Prompt(n, f"{n}: {case['metadata']['prompt']}", case["metadata"]) for n, case in enumerate(cases)
     ]
-<<<<<<< HEAD
-    reward = GenEvalReward(detector=Recorded(cases), color_classifier=None, **settings)
-=======
     made = instantiate(OmegaConf.create({**node, "splits": {}, "scorer": None}))
->>>>>>> help-k
     return Benchmark(**{**vars(made), "splits": {"test": prompts}, "scorer": reward})
 
 
