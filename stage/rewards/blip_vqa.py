@@ -67,7 +67,7 @@ class BlipVQAReward:
         model = weights.pretrained(BlipForQuestionAnswering.from_pretrained, folder, "blip", self.dtype)
         self.model = model.to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.yes, self.no = (int(self.tokenizer.convert_tokens_to_ids(word)) for word in ("yes", "no"))
+        self.yes, self.no = (self.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
         if self.tokenizer.unk_token_id in (self.yes, self.no):
             raise ValueError(
                 f"'yes' and 'no' are tokens of BLIP, the tokenizer in {folder} lacks them; give the model's own folder"
