@@ -110,6 +110,9 @@ class RandomTokens:
         tokens = (uniforms.to(policy.device) * policy.codebook_size).long()
         return Samples(tokens, torch.zeros(tokens.shape, device=policy.device))
 
+    def release(self) -> None:
+        """Nothing is kept between rollouts."""
+
 
 def brightness(images: Tensor, prompts: Sequence[Prompt]) -> Scores:
     """A trivial reward: the mean of the pixels, in [0, 1]."""
