@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.callbacks",
         "stage.alarms",
         "stage.ratio_gate",
+        "stage.reference_refresh",
         "stage.checkpoints",
         "stage.speed.*",
         "stage.launch",

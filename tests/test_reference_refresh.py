@@ -1,0 +1,78 @@
+"""A reference that follows the policy: by arithmetic after each update, and through a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from stage.reference_refresh import FollowingReference, MovingReference, RefreshedReference
+from tests.tiny_training import objective, tiny_base, tiny_module, tiny_trainer, weights
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("janus"))
+
+
+class History(Callback):
+    """Weights of policy and reference after each update."""
+
+    def __init__(self) -> None:
+        self.policy: list[dict[str, Any]] = []
+        self.reference: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        mine = weights(pl_module)
+        self.policy.append(dict(mine))
+        theirs = dict(pl_module.reference.named_parameters())
+        self.reference.append({name: theirs[name].detach().clone() for name in mine})
+
+
+def trained(base: Path, folder: Path, callback: FollowingReference) -> tuple[dict[str, Any], History]:
+    module = tiny_module(base, updates=3, objective=objective(beta=0.1))
+    start, history = dict(weights(module)), History()
+    tiny_trainer(folder, [callback, history]).fit(module)
+    return start, history
+
+
+def test_a_refreshed_reference_is_the_policy_of_its_update(base: Path, tmp_path: Path) -> None:
+    start, history = trained(base, tmp_path, RefreshedReference(every=2))
+    for name, value in start.items():
+        first, second, third = (reference[name] for reference in history.reference)
+        assert first.equal(value)
+        assert second.equal(history.policy[1][name]) and third.equal(second)
+    assert any(not history.policy[2][name].equal(history.reference[2][name]) for name in start)
+
+
+def test_a_moving_reference_is_an_average(base: Path, tmp_path: Path) -> None:
+    start, history = trained(base, tmp_path, MovingReference(decay=0.75))
+    for name, value in start.items():
+        expected = value.double()
+        for policy, reference in zip(history.policy, history.reference, strict=True):
+            expected = 0.75 * expected + 0.25 * policy[name].double()
+            torch.testing.assert_close(reference[name].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_what_it_holds_is_saved_and_comes_back(base: Path, tmp_path: Path) -> None:
+    callback = MovingReference(decay=0.5)
+    trained(base, tmp_path, callback)
+    saved = callback.state_dict()
+    again, module = MovingReference(decay=0.5), tiny_module(base, objective=objective(beta=0.1))
+    again.load_state_dict(saved)
+    again.on_train_start(None, module)  # type: ignore[arg-type]
+    found = dict(module.reference.named_parameters())  # type: ignore[union-attr]
+    assert saved and all(found[name].equal(value) for name, value in saved.items())
+
+
+def test_what_cannot_follow_raises(base: Path) -> None:
+    bare = tiny_module(base, objective=objective(beta=0.0))
+    with pytest.raises(ValueError, match="needs weights of its own on the device, got none"):
+        RefreshedReference(every=1).on_train_start(None, bare)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="every 1 or more updates, got 0"):
+        RefreshedReference(every=0)
+    with pytest.raises(ValueError, match="lies in"):
+        MovingReference(decay=1.0)
