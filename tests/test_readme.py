@@ -28,7 +28,8 @@ def overrides(words: list[str], root: Path) -> Iterator[str]:
         folder = root / ("experiments" if group == "experiment" else f"conf/{group}")
         placeholder = options.isupper() or "--config-dir" in words
         if options and folder.is_dir() and not placeholder:
-            yield from (f"{group}={o}" for o in options.split(",") if not (folder / f"{o}.yaml").is_file())
+            names = options.strip("[]").split(",")  # `a,b` of a sweep, `[a,b]` for several at once
+            yield from (f"{group}={o}" for o in names if not (folder / f"{o}.yaml").is_file())
 
 
 def missing(command: str, root: Path) -> list[str]:
