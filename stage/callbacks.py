@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from stage.data import read_prompts
+from stage.group_draws import draw
 from stage.loggers import log_image, log_table
 from stage.objective.advantage import task_rewards
 from stage.policy.plans import plan_texts
-from stage.rollout import draw
 from stage.training_checkpoint import atomic_write
 from stage.types import Metrics, Prompt
 

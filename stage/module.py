@@ -27,20 +27,13 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
+from stage.group_draws import Stopwatch, check_resampling
 from stage.objective.objective import merge_metrics
 from stage.optimizer import state_bytes
 from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
-from stage.rollout import (
-    Collected,
-    Stopwatch,
-    check_resampling,
-    collect,
-    micro_batches,
-    score_part,
-    scored_distribution,
-)
+from stage.rollout import Collected, collect, micro_batches, score_part, scored_distribution
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -70,7 +63,7 @@ class StageModule(LightningModule):
         seed: of the sampling noise.
         updates: rollouts to do in all, counted from the start of the run and not from a resume.
         base: `{"path", "sha256"}` of the weights the policy was loaded from.
-        reward_beside_reference: compute the reward in a thread while the reference scores, see `stage.rollout.judge`.
+        reward_beside_reference: compute the reward in a thread while the reference scores (`stage.group_draws.judge`).
         reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from stage.callbacks import CleanStop, EntropyWatch, ImageGrid, Progress, Validation, grid
 from stage.checkpoints import Checkpoints
+from stage.group_draws import draw
 from stage.loggers import MetricsFile, read_metrics
 from stage.module import StageModule
-from stage.rollout import draw
 from stage.training_checkpoint import atomic_write, read_training_checkpoint
 from tests.tiny_training import (
     PROMPTS,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from stage.data import PromptStream
 from stage.drawn import Drawn
+from stage.group_draws import Stopwatch, check_resampling
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
-from stage.rollout import Collected, Stopwatch, check_resampling, collect
+from stage.rollout import Collected, collect
 from stage.types import Prompt, Samples, Scores
 from tests.tiny_training import objective, tiny_base, tiny_policy
 

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory", "stage.drawn"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
+    ("stage.group_draws",),
     ("stage.rollout", "stage.report.*"),
     ("stage.loggers", "stage.forecast"),
     (

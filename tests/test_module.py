@@ -16,13 +16,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from stage.checkpoints import Checkpoints
+from stage.group_draws import draw
 from stage.loggers import MetricsFile, read_metrics
 from stage.module import StageModule, check_finite
 from stage.optimizer import MasterAdamW
 from stage.policy.janus import load_policy
 from stage.policy.lora import add_lora
 from stage.policy.template import Template
-from stage.rollout import draw
 from stage.training_checkpoint import read_training_checkpoint
 from tests.tiny_training import (
     FROZEN,

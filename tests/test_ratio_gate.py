@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from stage.group_draws import Stopwatch
 from stage.policy.sampler import Sampler
 from stage.ratio_gate import RatioGate
-from stage.rollout import Stopwatch, collect
+from stage.rollout import collect
 from stage.types import Rollout
 from tests.tiny_training import PROMPTS, Redness, objective, tiny_base, tiny_module, tiny_policy, tiny_trainer
 

@@ -10,18 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage.group_draws import Stopwatch, draw
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
-from stage.rollout import (
-    Collected,
-    Distribution,
-    Stopwatch,
-    collect,
-    draw,
-    micro_batches,
-    score_tokens,
-    scored_distribution,
-)
+from stage.rollout import Collected, Distribution, collect, micro_batches, score_tokens, scored_distribution
 from stage.types import Scores
 from tests.tiny_training import PROMPTS, Redness, objective, tiny_base, tiny_policy
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stage.group_draws import Stopwatch
 from stage.objective.advantage import GroupAdvantage
 from stage.objective.aggregation import GroupMean
 from stage.objective.divergence import K3
@@ -29,7 +30,7 @@ from stage.policy.janus import JanusPolicy
 from stage.policy.lora import add_lora
 from stage.policy.reference import frozen_reference, place_reference
 from stage.policy.sampler import Sampler
-from stage.rollout import Stopwatch, collect
+from stage.rollout import collect
 from stage.speed.models import build_policy, speed_prompts
 from stage.speed.plain_step import plain_step
 from stage.speed.rollout import GUIDANCE, Row

@@ -1,0 +1,219 @@
+"""Groups of samples with their rewards: drawn, decoded, judged, and replaced where all rewards of a group are equal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stage.drawn import Drawn
+from stage.policy import drawing
+from stage.score_checks import check_values
+from stage.types import Metrics, Prompt, PromptTokens, Samples, Scorer, Scores, TokenScores
+
+
+class Stopwatch:
+    """Adds up seconds by name. On CUDA it waits for the device, since kernels return before they have run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: Metrics = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def draw(
+    policy: Any, sampler: Any, prompts: Sequence[Prompt], group_size: int, *, seed: int, update: int
+) -> tuple[PromptTokens, Samples]:
+    """Sample `group_size` images of each prompt as tokens `[P, G, L]`, with plans where the sampler reasons.
+
+    The uniforms behind a sample are a function of (seed, update, prompt id, sample index) alone, so it does
+    not matter which other prompts are drawn in the same call.
+    """
+    prompt_tokens = tokenized(policy, sampler, prompts)
+    noise = drawing.noise(policy, sampler, seed, update, [prompt.id for prompt in prompts], group_size)
+    return prompt_tokens, drawing.draw(policy, sampler, prompt_tokens, noise)
+
+
+def tokenized(policy: Any, sampler: Any, prompts: Sequence[Prompt]) -> PromptTokens:
+    """Tokens of prompts as this sampler begins."""
+    return drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
+
+
+def draw_groups(
+    policy: Any,
+    sampler: Any,
+    scorer: Scorer,
+    objective: Any,
+    prompts: Sequence[Prompt],
+    spare: Callable[[int], Sequence[Prompt]] | None,
+    look: Callable[[PromptTokens, Samples], TokenScores] | None,
+    *,
+    group_size: int,
+    seed: int,
+    update: int,
+    beside: bool,
+    watch: Stopwatch,
+) -> tuple[PromptTokens, Drawn, TokenScores | None, int]:
+    """Prompt tokens, groups with their rewards, what the reference finds in them, and how many groups were drawn.
+
+    Without rounds of resampling the reference may read while the scorer works; with them the rewards decide first
+    which groups it reads.
+    """
+    make = partial(
+        draw_and_score,
+        policy,
+        sampler,
+        scorer,
+        features=objective.features,
+        group_size=group_size,
+        seed=seed,
+        update=update,
+        watch=watch,
+    )
+    rounds = objective.resampling_rounds
+    prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
+    kept, count = replaced(first, make, spare, rounds=rounds, update=update)
+    if kept is not first:
+        prompt_tokens = tokenized(policy, sampler, kept.prompts)
+    if rounds and look is not None:
+        with watch("reference"):
+            seen = look(prompt_tokens, kept.samples)
+    return prompt_tokens, kept, seen, count
+
+
+def draw_and_score(
+    policy: Any,
+    sampler: Any,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    features: str,
+    group_size: int,
+    seed: int,
+    update: int,
+    watch: Stopwatch,
+    look: Callable[[PromptTokens, Samples], TokenScores] | None = None,
+    beside: bool = False,
+) -> tuple[PromptTokens, Drawn, TokenScores | None]:
+    """Samples of these prompts with images, rewards, and the vectors that the policy's method `features` gives.
+
+    With `look` also what it finds in them, at the same time as the rewards where `beside` says so (see `judge`).
+    """
+    with watch("sample"):
+        prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
+        sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
+    with watch("decode"):
+        images, codes = policy.decode(samples.tokens), getattr(policy, features)(samples.tokens)
+    looks_back = None if look is None else partial(look, prompt_tokens, samples)
+    scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch)
+    return prompt_tokens, Drawn(tuple(prompts), samples, images, codes, scores), seen
+
+
+def replaced(
+    drawn: Drawn,
+    make: Callable[[Sequence[Prompt]], tuple[PromptTokens, Drawn, TokenScores | None]],
+    spare: Callable[[int], Sequence[Prompt]] | None,
+    *,
+    rounds: int,
+    update: int,
+) -> tuple[Drawn, int]:
+    """As many groups, those of equal rewards replaced as far as `rounds` of spare prompts go, and how many were drawn.
+
+    DAPO's dynamic sampling (arXiv 2503.14476). Departures:
+    1. Rounds are limited; what is then missing is filled up with groups of equal rewards.
+    2. A group is informative when its rewards differ; the paper asks for right and wrong answers in it.
+    """
+    count = len(drawn.prompts)
+    for number in range(1, rounds + 1):
+        if spare is None or bool(drawn.informative(update).all()):
+            break
+        known = {prompt.id for prompt in drawn.prompts}
+        others = [prompt for prompt in spare(number) if prompt.id not in known]
+        if others:
+            count += len(others)
+            drawn = drawn.refilled(make(others)[1], update)
+    return drawn, count
+
+
+def check_resampling(objective: Any, sampler: Any) -> None:
+    """Raise ValueError where groups with plans would have to be replaced."""
+    if objective.resampling_rounds and drawing.reasons(sampler):
+        raise ValueError(
+            f"groups of equal rewards are not replaced with reasoning, got algorithm.resampling_rounds="
+            f"{objective.resampling_rounds}; set it to 0, or sampler.reasoning to null"
+        )
+
+
+def judge(
+    scorer: Scorer,
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    looks_back: Callable[[], TokenScores] | None,
+    *,
+    beside: bool,
+    watch: Stopwatch,
+) -> tuple[Scores, TokenScores | None]:
+    """The reward of images `[P, G, H, W, 3]`, and what the reference finds in their tokens.
+
+    With `beside` the scorer runs in a thread of its own meanwhile, which is worth it where it waits for a server or has
+    a device of its own; on one device the two share it, and memory must do for both. The results are the same. Then
+    `reward` is the time that is waited for the scorer after the reference is done, so that parts still add up, and
+    `reward_beside` all of the scorer's time.
+    """
+    if looks_back is None or not beside:
+        with watch("reward"):
+            scores = _reward(scorer, images, prompts)
+        with watch("reference"):
+            return scores, None if looks_back is None else looks_back()
+
+    def timed() -> tuple[Scores, float]:
+        started = time.perf_counter()
+        scores = _reward(scorer, images, prompts)
+        return scores, time.perf_counter() - started
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reward") as pool:
+        running = pool.submit(timed)
+        with watch("reference"):
+            reference_scores = looks_back()
+        with watch("reward"):
+            scores, watch.seconds["reward_beside"] = running.result()
+    return scores, reference_scores
+
+
+def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """Checked scores. The scorer's own dtype counts, not that of training, in whatever thread this is."""
+    device = images.device
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        scores = scorer(images, prompts)
+    check_shape(scores.parts, *images.shape[:2])
+    check_values(scores, images, prompts, "the scorer")
+    return scores
+
+
+def check_shape(parts: Tensor, num_prompts: int, group_size: int) -> None:
+    """Raise ValueError unless reward parts are `[P, G, R]`."""
+    if parts.ndim != 3 or tuple(parts.shape[:2]) != (num_prompts, group_size):
+        raise ValueError(
+            f"a reward must give parts [{num_prompts}, {group_size}, R], one row a prompt and one column a sample; "
+            f"got {list(parts.shape)}. Correct the scorer."
+        )
