@@ -72,9 +72,13 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 def run(main: Callable[[], Any]) -> None:
     """Call a function made by `hydra.main`; a mistake on its command line is one line and exit status 1 too."""
+    before = os.environ.get(FULL_ERROR)
     with mistakes_in_one_line():
-        os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing a traceback
-        main()
+        try:
+            os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing a traceback
+            main()
+        finally:  # or whoever is started next would take it for the user's wish
+            os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
 
 
 @contextmanager

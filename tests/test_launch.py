@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,18 @@ def test_a_mistake_ends_the_program_with_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(launch, "WANTS_TRACEBACK", True)
     with pytest.raises(ValueError, match="lr must be positive"), launch.mistakes_in_one_line():
         fails()
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_a_program_leaves_the_environment_as_it_was(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra's switch is for this program, not for the next one that this process starts."""
+    monkeypatch.setenv(launch.FULL_ERROR, "recorded, so that it is put back")
+    os.environ.pop(launch.FULL_ERROR) if before is None else os.environ.update({launch.FULL_ERROR: before})
+    seen: list[str | None] = []
+    launch.run(lambda: seen.append(os.environ.get(launch.FULL_ERROR)))
+    assert seen == ["1"] and os.environ.get(launch.FULL_ERROR) == before
+    with pytest.raises(SystemExit):
+        launch.run(fails)
+    assert os.environ.get(launch.FULL_ERROR) == before

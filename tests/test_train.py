@@ -22,7 +22,6 @@ import torch
 import yaml
 from PIL import Image
 
-from stage import launch
 from stage.loggers import read_metrics
 from tests.tiny_training import PROMPTS, ROOT, tiny_base
 
@@ -40,7 +39,6 @@ class Program:
     def __call__(self, *overrides: str) -> str:
         """Run in this process and return its output. SystemExit is what it is at the command line."""
         self.monkeypatch.setattr(sys, "argv", [TRAIN, *self.arguments, *overrides])
-        self.monkeypatch.setenv(launch.FULL_ERROR, "0")  # so that it is put back: the program sets it
         try:
             runpy.run_path(TRAIN, run_name="__main__")
         finally:
