@@ -37,6 +37,7 @@ GROUPS = "algorithm model data reward sampler optimizer scheduler trainer logger
 SWITCHES = ("reference_on_cpu", "reward_beside_reference", "self_check")
 SETTINGS = "seed updates group_size gradient_clip name output resume"
 KNOWN = {*GROUPS.split(), *SETTINGS.split(), *SWITCHES}
+CARRIED = ("metrics.csv", "code.json")  # that a run which goes on elsewhere begins with
 LONGEST_NAME = 200  # bytes of a file name; file systems take 255
 LEAST = {"group_size": 2, "updates": 1, "seed": 0}  # whole numbers, and the smallest value of each
 
@@ -203,10 +204,18 @@ def resumed(path: str, overrides: Sequence[str]) -> Prepared:
 
 
 def carry_metrics(checkpoint: Path, output: Path) -> None:
-    """Begin the metrics of a run that goes on in another folder with those of the run it comes from."""
-    before, now = checkpoint.parent.parent / "metrics.csv", output / "metrics.csv"
-    if before.is_file() and not now.exists():
-        shutil.copyfile(before, now)
+    """Begin metrics and versions of a run that goes on in another folder with those of the run it comes from."""
+    for name in CARRIED:
+        before, now = checkpoint.parent.parent / name, output / name
+        if before.is_file() and not now.exists():
+            shutil.copyfile(before, now)
+
+
+def updates_before(resume: str | None) -> int:
+    """Rollouts that the checkpoint `resume` has done, 0 for a new run."""
+    from stage.training_checkpoint import read_training_checkpoint
+
+    return 0 if resume is None else int(read_training_checkpoint(Path(str(resume)).expanduser())["update"])
 
 
 def key(override: str) -> str:

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.training_checkpoint",
         "stage.optimizer",
         "stage.provenance",
+        "stage.code_version",
     ),
     ("stage.weights", "stage.batches"),
     ("stage.objective.*",),
@@ -46,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "train",
         "evaluate",
+        "stage.pack.*",
         "stage.sample",
         "stage.export",
         "stage.prompts",
@@ -93,6 +95,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "scoring",
     ),
     "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.pack": ("plan", "pool archive", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
         "rollout rewards",
