@@ -87,7 +87,10 @@ class Sampler:
         with torch.autocast(policy.device.type, enabled=False):
             prefixes = self._prefixes(policy, prompt, group, length)
             draws = uniforms.to(policy.device).flatten(0, 1)
-            decode = self._decode_graphed if _has_graphs(policy) else self._decode
+            if _has_graphs(policy):
+                decode = self._decode_graphed
+            else:
+                decode = self._decode_compiled if _has_compiled(policy, dtype) else self._decode
             tokens, logps = decode(policy, prefixes, draws, dtype)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
@@ -136,6 +139,14 @@ class Sampler:
         decoders: GraphedDecoders = self._graphs[0]
         return decoders.run(policy, prefixes, draws, self.guidance_scale, self.temperature, dtype)
 
+    def _decode_compiled(
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same in compiled code, a few images at a time on every thread."""
+        from stage.policy.cpu_decode import decode  # numba takes its time to import, and may be missing
+
+        return decode(policy, prefixes, draws, self.guidance_scale, self.temperature)
+
 
 def compute_dtype(policy: JanusPolicy) -> torch.dtype:
     """The type that scoring computes in: that of autocast where it is on, else that of the weights."""
@@ -148,6 +159,14 @@ def compute_dtype(policy: JanusPolicy) -> torch.dtype:
 
 def _has_graphs(policy: JanusPolicy) -> bool:
     return policy.device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None
+
+
+def _has_compiled(policy: JanusPolicy, dtype: torch.dtype) -> bool:
+    if policy.device.type != "cpu" or find_spec("numba") is None:
+        return False
+    from stage.policy.cpu_decode import can_decode
+
+    return can_decode(policy, dtype)
 
 
 def _check_finite(logps: Tensor) -> None:
