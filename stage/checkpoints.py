@@ -59,7 +59,13 @@ class Checkpoints(Checkpoint):
         return self.folder / "last.ckpt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Raise before any work when the folder cannot take the checkpoints."""
+        """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        with pl_module.ranks.together():
+            if trainer.is_global_zero:
+                self._check_room(pl_module)
+
+    def _check_room(self, pl_module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = COPIES - len(list(self.folder.glob("*.ckpt")))
         needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(self.folder).free
@@ -96,8 +102,9 @@ class Checkpoints(Checkpoint):
         A second Ctrl-C saves nothing, since it asks to leave now. Of several processes the others may not know of the
         error and would be waited for: then last.ckpt stays what it was.
         """
+        known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
-        if unsaved and pl_module.whole and isinstance(exception, Exception) and trainer.world_size == 1:
+        if unsaved and pl_module.whole and isinstance(exception, Exception) and known:
             self.save(trainer, self.last)
             self.saved_update = pl_module.update
 

@@ -28,12 +28,22 @@ from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
 from stage.group_draws import Stopwatch, check_resampling
+from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import state_bytes
 from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
-from stage.rollout import Collected, collect, micro_batches, score_part, scored_distribution
+from stage.ranks import ALONE, Division, Ranks
+from stage.rollout import (
+    Collected,
+    collect,
+    micro_batches,
+    score_part,
+    scored_distribution,
+    whole_groups,
+)
+from stage.strategy import connected
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -119,6 +129,7 @@ class StageModule(LightningModule):
         self.seed, self.updates = seed, updates
         self.base, self.config, self.overrides = dict(base), dict(config), list(overrides)
         self.reward_record = scorer_record(scorer)
+        self.ranks: Ranks = ALONE
         self.update = 0
         self.latest: Metrics = {}  # of the last update; callbacks may add to it before it is logged
         self._random: Mapping[str, Any] | None = None
@@ -164,6 +175,16 @@ class StageModule(LightningModule):
     def train_dataloader(self) -> UpdateNumbers:
         return UpdateNumbers(lambda: self.update)
 
+    @property
+    def division(self) -> Division:
+        """Which samples of an update this process has."""
+        return self.ranks.divide(self.prompts.prompts_per_update, self.group_size)
+
+    def setup(self, stage: str) -> None:
+        prompts = self.prompts.prompts_per_update
+        self.ranks = connected(self.trainer.strategy, prompts, self.group_size, self.config)
+        check_processes(self.ranks, self.objective)
+
     def on_fit_start(self) -> None:
         if self.reference is not None:
             place_reference(self.reference, self.policy, self.device, self.reference_on_cpu)
@@ -180,13 +201,15 @@ class StageModule(LightningModule):
         self._whole = random_states()
         with watch("total"):
             collected = self._collect(watch)
-            watched = self._watched(collected.rollout)
+            with self.ranks.together():
+                watched = self._watched(collected.rollout)
             metrics = self._learn(collected) | watched
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.update += 1
         self._whole = random_states()
-        images = collected.rollout.tokens.shape[:2].numel()
-        self.latest = metrics | self._time_metrics(watch.seconds, images, replayed=collected.scores is None)
+        images = self.prompts.prompts_per_update * self.group_size
+        metrics |= self._time_metrics(watch.seconds, images, replayed=collected.scores is None)
+        self.latest = self.ranks.mean(metrics, is_largest)
         if self.update >= self.updates:
             self.trainer.should_stop = True
 
@@ -199,8 +222,9 @@ class StageModule(LightningModule):
         self.log_dict(self.latest, logger=False)
 
     def _collect(self, watch: Stopwatch) -> Collected:
-        prompts = self.prompts.batch(self.update)
-        rows, columns = micro_batches(len(prompts), self.group_size, self.objective.micro_batch)
+        division = self.division
+        prompts = self.prompts.batch(self.update)[division.prompts]
+        rows, columns = micro_batches(len(prompts), division.group_size, self.objective.micro_batch)
         return collect(
             self.policy,
             self.reference,
@@ -215,6 +239,8 @@ class StageModule(LightningModule):
             beside=self.reward_beside_reference,
             watch=watch,
             spare=partial(self.prompts.spare, self.update),
+            samples=division.samples,
+            ranks=self.ranks,
         )
 
     def _watched(self, rollout: Rollout) -> Metrics:
@@ -227,7 +253,10 @@ class StageModule(LightningModule):
 
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""
-        credit, metrics = self.objective.credit(collected.rollout)
+        rollout = whole_groups(collected.rollout, self.ranks)
+        with self.ranks.together():
+            credit, metrics = self.objective.credit(rollout)
+        credit = credit.micro_batch(slice(None), self.division.samples)
         if self.objective.resampling_rounds:
             metrics["reward/groups_drawn"] = float(collected.groups_drawn)
         for _ in range(self.objective.updates_per_rollout):
@@ -239,7 +268,8 @@ class StageModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        rows, columns = micro_batches(len(rollout.prompts), self.group_size, self.objective.micro_batch)
+        here, span = self.division.group_size, self.division.span
+        rows, columns = micro_batches(len(rollout.prompts), here, self.objective.micro_batch)
         cells = [(prompts, samples) for prompts in rows for samples in columns]
         losses, parts = [], []
         for index, cell in enumerate(cells):
@@ -247,8 +277,11 @@ class StageModule(LightningModule):
                 loss, metrics = self._backward(rollout, credit, scores, *cell)
             losses.append(loss)
             parts.append(metrics)
-        check_finite(torch.stack(losses).sum(), "loss", self.update)
-        merged = merge_metrics(parts) | self._clip(optimizer)
+        with self.ranks.together():
+            check_finite(torch.stack(losses).sum(), "loss", self.update)
+        # The parts of a group on several processes add up; everything else is a mean over processes.
+        merged = {n: v if is_maximum(n) else v * span for n, v in merge_metrics(parts).items()}
+        merged |= self._clip(optimizer)
         self._whole = None
         optimizer.step()
         return merged
@@ -265,7 +298,7 @@ class StageModule(LightningModule):
             drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
             scores = score_part(self.policy, *drawn, prompts, samples, distribution)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
-        self.manual_backward(loss)
+        self.manual_backward(loss * self.division.span)  # gradients of processes are averaged
         return loss.detach(), metrics
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
@@ -317,6 +350,20 @@ class StageModule(LightningModule):
         files = changed_files(checkpoint.get("reward", self.reward_record), self.reward_record)
         if files and self.trainer.is_global_zero:
             print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
+
+
+def is_largest(name: str) -> bool:
+    """Whether the largest value of all processes is that of the run, and not their mean."""
+    return is_maximum(name) or name == "time/peak_memory_bytes"
+
+
+def check_processes(ranks: Ranks, objective: Any) -> None:
+    """Raise ValueError for what several processes cannot do."""
+    if ranks.world > 1 and objective.resampling_rounds:
+        raise ValueError(
+            f"groups of equal rewards are replaced in one process alone; got {ranks.world} processes and "
+            f"algorithm.resampling_rounds={objective.resampling_rounds}. Set it to 0, or strategy=single."
+        )
 
 
 @contextmanager
