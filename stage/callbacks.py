@@ -63,22 +63,25 @@ def apart(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw_images(trainer: Trainer, module: Any, prompts: Sequence[Prompt], samples: int, seed: int) -> Tensor:
-    """uint8 images `[P, samples, H, W, 3]` of the present policy, with noise that is the same at every
-    update.
+def draw_images(
+    trainer: Trainer, module: Any, policy: Any, prompts: Sequence[Prompt], samples: int, seed: int
+) -> Tensor:
+    """uint8 images `[P, samples, H, W, 3]` of the policy, with noise that is the same at every update.
+
+    `policy` is what `module.drawing` gives.
     """
-    return draw_planned(trainer, module, prompts, samples, seed)[0]
+    return draw_planned(trainer, module, policy, prompts, samples, seed)[0]
 
 
 @torch.no_grad()
 def draw_planned(
-    trainer: Trainer, module: Any, prompts: Sequence[Prompt], samples: int, seed: int
+    trainer: Trainer, module: Any, policy: Any, prompts: Sequence[Prompt], samples: int, seed: int
 ) -> tuple[Tensor, list[list[str]] | None]:
     """The images of `draw_images`, and with reasoning the plan of each, `[P][samples]`."""
     with trainer.precision_plugin.val_step_context():
-        _, drawn = draw(module.policy, module.sampler, prompts, samples, seed=seed, update=0)
-        images = module.policy.decode(drawn.tokens)
-        return images, None if drawn.plans is None else plan_texts(module.policy, drawn.plans)
+        _, drawn = draw(policy, module.sampler, prompts, samples, seed=seed, update=0)
+        images = policy.decode(drawn.tokens)
+        return images, None if drawn.plans is None else plan_texts(policy, drawn.plans)
 
 
 class Validation(Callback):
@@ -115,8 +118,8 @@ class Validation(Callback):
 
     def score(self, trainer: Trainer, module: Any) -> Metrics:
         """The metrics of the present weights."""
-        with module.ranks.together(), apart(self.seed):
-            values = self._score(trainer, module)
+        with module.drawing() as policy, module.ranks.together(), apart(self.seed):
+            values = self._score(trainer, module, policy)
         everywhere: dict[str, list[float]] = defaultdict(list)
         for row in module.ranks.gathered(values):
             for name, found in row.items():
@@ -124,12 +127,15 @@ class Validation(Callback):
         # An exact sum, which does not depend on who scored what.
         return {name: math.fsum(found) / len(found) for name, found in everywhere.items() if found}
 
-    def _score(self, trainer: Trainer, module: Any) -> dict[str, list[float]]:
+    def _score(self, trainer: Trainer, module: Any, policy: Any) -> dict[str, list[float]]:
         """The values of this process's share of the prompts."""
         values: dict[str, list[float]] = defaultdict(list)
-        ranks = module.ranks
-        for prompts in batches(self.prompts[ranks.rank :: ranks.world], self.prompts_per_batch):
-            scores = module.scorer(draw_images(trainer, module, prompts, self.samples, self.seed), prompts)
+        ranks, mine = module.ranks, self.prompts
+        if module.draws_alone:
+            mine = mine[ranks.rank :: ranks.world]
+        for prompts in batches(mine, self.prompts_per_batch):
+            images = draw_images(trainer, module, policy, prompts, self.samples, self.seed)
+            scores = module.scorer(images, prompts)
             values["validation/reward"] += task_rewards(scores).flatten().tolist()
             strict = [i for i, name in enumerate(scores.names) if name.split("/")[-1] == STRICT][:1]
             for prompt, parts in zip(prompts, scores.parts[..., strict].flatten(1), strict=True):
@@ -172,10 +178,12 @@ class ImageGrid(Callback):
 
     def draw(self, trainer: Trainer, module: Any) -> None:
         """Write the picture and show it in the loggers that take pictures."""
+        with module.drawing() as policy, apart(self.seed):
+            if module.draws_alone and not trainer.is_global_zero:
+                return
+            images, plans = draw_planned(trainer, module, policy, self.prompts, self.samples, self.seed)
         if not trainer.is_global_zero:
             return
-        with apart(self.seed):
-            images, plans = draw_planned(trainer, module, self.prompts, self.samples, self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"update_{module.update:05d}.png"
         with atomic_write(path) as temporary:

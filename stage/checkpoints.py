@@ -14,7 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from stage.training_checkpoint import atomic_write, trained_names
+from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
 
 COPIES = 3  # checkpoints that exist at once: last, best, and the one being written
 
@@ -25,6 +25,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own writer holds the whole file in memory, writes it into the system's temporary folder, which may
     be another disk, and copies it from there: a kill in the middle leaves half a checkpoint.
     """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint, mapped from the file: of several processes each reads what it needs."""
+        return read_training_checkpoint(Path(path))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
