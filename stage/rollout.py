@@ -168,10 +168,8 @@ def collect(
 ) -> Collected:
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
 
-    With `samples` these alone of each group. An error of one process is raised by all of `ranks`. `drawer` samples and
-    decodes in place of a sharded policy.
-
-    The old scores are those of the training path, replayed on the sampled tokens in the same micro-batches as
+    `samples`: these alone of each group. An error of one process is raised by all of `ranks`. `drawer` samples and
+    decodes in place of a sharded policy. The old scores are those of the training path, replayed on the sampled tokens in the same micro-batches as
     the update, so that the first ratio is exactly 1. With `differentiable` that replay keeps its graph and is
     returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
     forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With `resampling_rounds` groups of
