@@ -100,6 +100,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "rollout rewards",
         "plain_step",
         "training",
+        "distributed",
         "__main__",
     ),
     "stage.shapes": (
