@@ -46,7 +46,8 @@ def draw(
     not matter which other prompts are drawn in the same call.
     """
     prompt_tokens = tokenized(policy, sampler, prompts)
-    noise = drawing.noise(policy, sampler, seed, update, [prompt.id for prompt in prompts], group_size)
+    ids = [prompt.id for prompt in prompts]
+    noise = drawing.noise(policy, sampler, seed, update, ids, group_size, vary=True)
     return prompt_tokens, drawing.draw(policy, sampler, prompt_tokens, noise)
 
 

@@ -33,7 +33,15 @@ from stage.optimizer import state_bytes
 from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
-from stage.rollout import Collected, collect, micro_batches, score_part, scored_distribution
+from stage.rollout import (
+    Collected,
+    check_comparison,
+    collect,
+    comparison,
+    micro_batches,
+    score_part,
+    scored_distribution,
+)
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -104,6 +112,7 @@ class StageModule(LightningModule):
             )
         scored_distribution(objective, sampler)
         check_resampling(objective, sampler)
+        check_comparison(objective, sampler)
         drawing.check(policy, sampler)
         self.automatic_optimization = False
         self.strict_loading = (
@@ -261,9 +270,10 @@ class StageModule(LightningModule):
         `scores` of the rollout, where they carry a graph, save the forward.
         """
         if scores is None:
-            distribution = scored_distribution(self.objective, self.sampler)
+            distribution = scored_distribution(self.objective, self.sampler).of(rollout)
+            other = comparison(self.objective, self.reference, rollout.reference)
             drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
-            scores = score_part(self.policy, *drawn, prompts, samples, distribution)
+            scores = score_part(self.policy, *drawn, prompts, samples, distribution, other)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
         self.manual_backward(loss)
         return loss.detach(), metrics
