@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.launch",
         "stage.model_card",
     ),
+    ("stage.multirun",),
     (
         "train",
         "evaluate",
