@@ -93,7 +93,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "jobs",
         "scoring",
     ),
-    "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.report": ("read tables dashboard", "curves gallery groups", "page", "compare", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
         "rollout rewards",

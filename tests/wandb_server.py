@@ -1,7 +1,8 @@
-"""A W&B server on the loopback for tests: it knows sweeps and agents, and hands out runs with W&B's own sweep engine."""
+"""A W&B server on the loopback: it knows sweeps, agents and views, and hands out runs with W&B's own sweep engine."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -11,8 +12,7 @@ from typing import Any
 
 import yaml
 
-import sweeps
-
+sweeps: Any = importlib.import_module("sweeps")  # to a type checker it is our folder of that name
 ENTITY, PROJECT, SWEEP = "team", "stage", "sw33p1d0"
 
 
@@ -24,7 +24,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.config: dict[str, Any] = {}
-        self.handed: list[sweeps.SweepRun] = []
+        self.handed: list[Any] = []
         self.refused: list[str] = []
         self.views: list[dict[str, Any]] = []
 
@@ -54,7 +54,16 @@ class Server(ThreadingHTTPServer):
             return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
         if "upsertView" in query:
             self.views.append(variables)
-            return {"upsertView": {"view": {"id": "v", "name": "view"}, "inserted": True}}
+            view = {
+                "id": "v",
+                **{key: variables[key] for key in ("name", "type", "displayName", "description", "spec")},
+            }
+            place = {"entityName": variables["entityName"], "name": variables["projectName"]}
+            return {"upsertView": {"view": {**view, "project": place}, "inserted": True}}
+        if "GetProjects" in query:
+            node = {**project, "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+            page = {"endCursor": None, "hasNextPage": False}
+            return {"models": {"pageInfo": page, "edges": [{"node": node, "cursor": "0"}]}}
         if "viewer" in query or "serverInfo" in query.replace("ServerInfo", "serverInfo"):
             viewer = {
                 "id": "u",
