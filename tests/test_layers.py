@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "train",
         "evaluate",
         "stage.sample",
+        "stage.sweep_file",
         "stage.export",
         "stage.prompts",
         "stage.rewards.serve",
