@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -62,8 +63,8 @@ def train(prepared: launch.Prepared) -> None:
     log_reward(parts["logger"], module.reward_record)
     log_code(parts["logger"], code_record(Path(__file__).parent), launch.updates_before(config.resume))
     trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
-    print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
-    announce(module, trainer.strategy.root_device)
+    launch.say(trainer, launch.first_line(prepared, module, trainer.strategy.root_device))
+    announce(module, trainer.strategy.root_device, say=partial(launch.say, trainer))
     try:
         launch.fit(trainer, module, config.resume)
     finally:
