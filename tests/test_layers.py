@@ -92,7 +92,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "results drift understanding jobs",
         "scoring",
     ),
-    "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.report": ("read tables", "curves gallery groups comparable", "page paired", "compare", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
         "rollout rewards",
