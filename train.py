@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from stage import launch
+from stage import launch, multirun
 from stage.worlds import with_world
 
 launch.register_experiments(Path(__file__).parent / "experiments")
@@ -72,9 +72,12 @@ def train(prepared: launch.Prepared) -> None:
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    if multirun.sweeping():
+        return multirun.job(config, Path(__file__).resolve())
     with launch.mistakes_in_one_line():
         train(launch.prepare(config))
+    return None
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.launch",
         "stage.model_card",
     ),
+    ("stage.multirun",),
     (
         "train",
         "evaluate",
@@ -63,13 +64,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 INSIDE: dict[str, tuple[str, ...]] = {
     "stage.objective": (
         "*",
-        "parts baselines ratios critical token_weights",
+        "parts baselines ratios critical token_weights distributions",
         "credit_metrics sums",
         "objective",
     ),
     "stage.detectors": ("*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": (
-        "padding plan_layout names attention draws triton_linear triton_decode triton_draw",
+        "padding plan_layout names attention draws variation triton_linear triton_decode triton_draw",
         "template architecture weights",
         "layout text",
         "adapter_files convert",
