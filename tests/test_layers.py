@@ -94,7 +94,16 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "jobs",
         "scoring",
     ),
-    "stage.report": ("read tables", "curves gallery groups", "page", "compare", "__main__"),
+    "stage.report": (
+        "read tables statistics wandb_log",
+        "curves gallery groups sources",
+        "page variants",
+        "compare scores",
+        "overview",
+        "ablation",
+        "ablation_page",
+        "__main__",
+    ),
     "stage.pack": ("plan", "pool archive", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
