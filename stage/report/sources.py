@@ -88,7 +88,7 @@ def _online(path: str) -> list[Run]:
         found = [api.run(path)] if len(parts) == 3 else list(api.runs(path))
         return [
             _run(
-                WandbRun(item.name, item.id, _plain(item.config), list(item.scan_history())),
+                WandbRun(str(item.name), str(item.id), _plain(item.config), list(item.scan_history())),
                 Path(item.url),
                 {},
             )

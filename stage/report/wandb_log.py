@@ -40,9 +40,10 @@ def read_wandb_file(path: Path) -> WandbRun:
     """
     from wandb.proto import wandb_internal_pb2  # here, since it takes a second and few reports need it
 
+    new_record: Any = vars(wandb_internal_pb2)["Record"]  # made at import, which type checkers cannot see
     name, run_id, config, history = "", "", dict[str, Any](), list[dict[str, Any]]()
     for data in records(path):
-        record = wandb_internal_pb2.Record()
+        record = new_record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
