@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     ("stage.group_draws",),
     ("stage.rollout", "stage.report.*"),
-    ("stage.loggers", "stage.forecast"),
+    ("stage.loggers", "stage.forecast", "stage.diagnostics.*"),
     (
         "stage.module",
         "stage.callbacks",
@@ -49,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluate",
         "stage.pack.*",
         "stage.sample",
+        "stage.diagnose",
         "stage.export",
         "stage.prompts",
         "stage.rewards.serve",
@@ -96,7 +97,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.report": (
         "read tables statistics wandb_log",
-        "curves gallery groups sources",
+        "curves gallery groups sources spread",
         "page variants",
         "compare scores",
         "overview",

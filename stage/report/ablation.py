@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stage.report.compare import over_seeds
@@ -91,7 +91,7 @@ def score_table(score: Score, variants: Sequence[Variant]) -> ScoreTable:
             cell=over_seeds(list(score.values[variant.label].values()), False, score.digits),
             to_base=_to_base(score, variant.label),
             over=None if other is None or difference is None else other.label,
-            difference=None if difference is None else _signed(difference, score.digits),
+            difference=None if difference is None else _signed(difference, score),
             p=p,
             adjusted=adjusted,
         )
@@ -139,12 +139,16 @@ def numbers(found: Ablation) -> dict[str, Any]:
 def _to_base(score: Score, label: str) -> Cell | None:
     base = score.base.get(label, {})
     gains = [value - base[seed] for seed, value in score.values[label].items() if seed in base]
-    return over_seeds(gains, True, score.digits) if gains else None
+    if not gains:
+        return None
+    shown = over_seeds(gains, True, score.digits)
+    return shown if score.good else replace(shown, sign=0)
 
 
-def _signed(difference: Difference, digits: int) -> Cell:
+def _signed(difference: Difference, score: Score) -> Cell:
     found = difference.estimate
-    return cell({"mean": found.mean, "low": found.low, "high": found.high}, True, digits)
+    shown = cell({"mean": found.mean, "low": found.low, "high": found.high}, True, score.digits)
+    return shown if score.good else replace(shown, sign=0)
 
 
 def _interval(item: Cell | None) -> dict[str, float | None] | None:

@@ -129,7 +129,7 @@ def interval_panel(title: str, unit: str, lines: Sequence[Line]) -> str:
         found = [estimate(column) for column in smoothed_rows(x, y).T]
         bounds = [(p.low, p.high) for p in found if p.low is not None and p.high is not None]
         if bounds and len(bounds) == len(found):
-            axes.fill_between(x, *np.array(bounds).T, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(x, *np.array(bounds).T, color=color, alpha=0.1, linewidth=0)
         axes.plot(x, [point.mean for point in found], color=color, linewidth=1.8)
     return _finish(figure, axes, legend=False, title=title)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stage.report.read import Curve, Evaluation, Run
+from stage.report.spread import grid_spread
 from stage.report.variants import Finding, Variant
 
 VALIDATION = ("validation/strict", "validation/reward")  # the first that was logged
@@ -22,7 +23,8 @@ FINAL = "last"  # the checkpoint that stands at the end of a run
 class Score:
     """One number a run: `values` by the label of the variant and the seed, `base` the same before training, if known.
 
-    `main` is what an overview shows; the rest stands below it. `digits` are its decimals.
+    `main` is what an overview shows; the rest stands below it. `digits` are its decimals. `good` says that higher is
+    better, so that a page may colour its differences.
     """
 
     title: str
@@ -31,6 +33,7 @@ class Score:
     base: Mapping[str, Mapping[int, float]]
     main: bool = True
     digits: int = 3
+    good: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,33 @@ def training_scores(variants: Sequence[Variant]) -> list[Score]:
             _curve_score(variants, column, f"last validation in training, {part}", "last", _last, main=False),
         ]
     tails = (
-        ("reward/mean", "reward of the last updates", "reward", 3),
-        ("policy/entropy", "entropy of the policy in the last updates, nats a token", "entropy", 3),
-        ("policy/kl", "KL to the reference in the last updates, nats a token", "KL", 4),
+        ("reward/mean", "reward of the last updates", "reward", True),
+        ("policy/entropy", "entropy of the policy in the last updates, nats a token", "entropy", False),
+        ("policy/kl", "KL to the reference in the last updates, nats a token", "KL", False),
     )
     found += [
-        replace(_curve_score(variants, column, title, short, _tail), digits=digits)
-        for column, title, short, digits in tails
+        replace(_curve_score(variants, column, title, short, _tail), good=good)
+        for column, title, short, good in tails
     ]
+    found.append(_spread_score(variants))
     return [score for score in found if score.values]
+
+
+def _spread_score(variants: Sequence[Variant]) -> Score:
+    """How far the last pictures of a prompt lie apart, and the first: what a policy that draws one picture loses."""
+    ends = _score(
+        variants, "spread of the images of a prompt, RMS of pixels in [0, 1]", "spread", _end_spread
+    )
+    starts = _score(variants, "", "", _start_spread)
+    return replace(ends, base=starts.values, good=False)
+
+
+def _end_spread(run: Run) -> float | None:
+    return grid_spread(run, max(run.grids, default=-1))
+
+
+def _start_spread(run: Run) -> float | None:
+    return grid_spread(run, 0)
 
 
 def cost_scores(variants: Sequence[Variant]) -> list[Score]:

@@ -147,7 +147,7 @@ def _usual(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _said(key: str, value: str) -> str:
-    return f"code {value[:8]}" if key == "code" else f"{key}={value}"
+    return f"code {value[:8]}" if key == "code" else f"{key.rpartition('.')[2]}={value}"
 
 
 def _code(run: Run) -> dict[str, str]:

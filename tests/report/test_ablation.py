@@ -65,10 +65,10 @@ def test_a_variant_is_compared_under_its_own_settings(tmp_path: Path) -> None:
     found = ablate(sources, None)
     labels = [variant.label for variant in found.variants]
     assert labels == [
-        "grpo, optimizer.lr=0.0001",
-        "stage, optimizer.lr=0.0001",
-        "grpo, optimizer.lr=0.0003",
-        "stage, optimizer.lr=0.0003",
+        "grpo, lr=0.0001",
+        "stage, lr=0.0001",
+        "grpo, lr=0.0003",
+        "stage, lr=0.0003",
     ]
     others = [counterpart(variant, found.variants) for variant in found.variants]
     assert [other and other.label for other in others] == [None, labels[0], labels[0], labels[2]]
@@ -82,7 +82,7 @@ def test_a_variant_is_compared_under_its_own_settings(tmp_path: Path) -> None:
 def test_what_most_variants_have_is_in_no_label(tmp_path: Path) -> None:
     sources = [*grid(tmp_path / "a"), str(write(tmp_path / "fast", "grpo", 0, optimizer={"lr": 3e-4}))]
     labels = [variant.label for variant in ablate(sources, None).variants]
-    assert labels == ["grpo", "stage", "grpo, optimizer.lr=0.0003"]
+    assert labels == ["grpo", "stage", "grpo, lr=0.0003"]
 
 
 def test_another_baseline(tmp_path: Path) -> None:
