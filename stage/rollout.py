@@ -224,8 +224,8 @@ def collect(
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
 
     `samples`: these alone of each group. An error of one process is raised by all of `ranks`. `drawer` samples and
-    decodes in place of a sharded policy. The old scores are those of the training path, replayed on the sampled tokens in the same micro-batches as
-    the update, so that the first ratio is exactly 1. With `differentiable` that replay keeps its graph and is
+    decodes in place of a sharded policy. The old scores are those of the training path, replayed on the sampled tokens
+    in the same micro-batches as the update, so that the first ratio is exactly 1. With `differentiable` that replay keeps its graph and is
     returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
     forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With `resampling_rounds` groups of
     equal rewards give way to groups of `spare(round)`, see `replaced`.
@@ -281,7 +281,17 @@ def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
 
     if ranks.sharing is None:
         return rollout
-    parts = ("tokens", "codes", "sampled_logps", "scores", "old", "reference", "plans", "guidance_scale", "temperature")
+    parts = (
+        "tokens",
+        "codes",
+        "sampled_logps",
+        "scores",
+        "old",
+        "reference",
+        "plans",
+        "guidance_scale",
+        "temperature",
+    )
     found: dict[str, Any] = {name: whole(getattr(rollout, name)) for name in parts}
     return replace(rollout, **found)
 
