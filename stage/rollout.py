@@ -227,8 +227,8 @@ def collect(
     decodes in place of a sharded policy. The old scores are those of the training path, replayed on the sampled tokens
     in the same micro-batches as the update, so that the first ratio is exactly 1. With `differentiable` that replay
     keeps its graph and is returned as `scores`: where all samples fit into one forward and there is one update, it is
-    that update's forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With `resampling_rounds` groups of
-    equal rewards give way to groups of `spare(round)`, see `replaced`.
+    that update's forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With
+    `resampling_rounds` groups of equal rewards give way to groups of `spare(round)`, see `replaced`.
 
     Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
     (`UnusableScores`, with the images).
