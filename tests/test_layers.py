@@ -95,7 +95,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.report": ("read tables", "curves gallery groups comparable", "page paired", "compare", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
-        "rollout rewards",
+        "rollout rewards evaluation",
         "plain_step",
         "training",
         "__main__",
