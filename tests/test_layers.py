@@ -114,7 +114,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.pack": ("plan", "pool archive", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
-        "rollout rewards",
+        "rollout rewards evaluation",
         "plain_step",
         "training",
         "__main__",
