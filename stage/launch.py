@@ -278,6 +278,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
     # Its new name is not in the older releases of torch that this runs with.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")
+    # What a sliced policy returns is never changed in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Lightning calls an old name of torch's tree functions.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 

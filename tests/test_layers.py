@@ -117,6 +117,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "rollout rewards evaluation",
         "plain_step",
         "training",
+        "distributed",
         "__main__",
     ),
     "stage.shapes": (

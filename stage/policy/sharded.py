@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 FORWARDS = ("score",)  # public methods that run sharded layers
 
@@ -39,9 +41,6 @@ def shard(policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool) -
         offload: keep the slices in CPU memory, with the optimizer's step there.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(wide)
     layers = policy.language_model.layers
     inside = {id(parameter) for parameter in layers.parameters()}
     frozen = {p for p in policy.parameters() if not p.requires_grad and id(p) not in inside}
@@ -52,8 +51,18 @@ def shard(policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool) -
     }
     trained = any(parameter.requires_grad for parameter in policy.parameters())
     for layer in layers:
+        widen(layer, wide)
         fully_shard(layer, **settings)
+    for part in policy.modules():
+        widen(part, wide, recurse=False)
     # A backward pass needs the outermost weights again at once; a reference has none.
     fully_shard(policy, **settings, ignored_params=frozen, reshard_after_forward=not trained)
     for name in FORWARDS:
         register_fsdp_forward_method(policy, name)
+
+
+def widen(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> None:
+    """Turn what is trained, and not yet sliced, into `dtype`."""
+    for parameter in module.parameters(recurse):
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(dtype)
