@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -94,9 +94,9 @@ def lost_steps(module: Any) -> str | None:
     )
 
 
-def announce(module: Any, device: torch.device) -> None:
-    """Print the memory of a run, and its warning; raises as `memory_line` does."""
-    print(memory_line(module, device), flush=True)
+def announce(module: Any, device: torch.device, say: Callable[[str], None]) -> None:
+    """Say the memory of a run, and print its warning; raises as `memory_line` does."""
+    say(memory_line(module, device))
     if (warning := lost_steps(module)) is not None:
         print(warning, file=sys.stderr, flush=True)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from stage.group_draws import Stopwatch, draw_groups
 from stage.objective.distributions import Comparison
 from stage.policy import drawing
+from stage.ranks import ALONE, Ranks
 from stage.types import (
     Plans,
     Prompt,
@@ -216,51 +217,83 @@ def collect(
     beside: bool,
     watch: Stopwatch,
     spare: Callable[[int], Sequence[Prompt]] | None = None,
+    samples: slice | None = None,
+    ranks: Ranks = ALONE,
+    drawer: Any | None = None,
 ) -> Collected:
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
 
-    The old scores are those of the training path, replayed on the sampled tokens in the same micro-batches as
-    the update, so that the first ratio is exactly 1. With `differentiable` that replay keeps its graph and is
-    returned as `scores`: where all samples fit into one forward and there is one update, it is that update's
-    forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`.
-
-    With `resampling_rounds` groups of equal rewards give way to groups of `spare(round)`, see `replaced`.
+    `samples`: these alone of each group. An error of one process is raised by all of `ranks`. `drawer` samples and
+    decodes in place of a sharded policy. The old scores are those of the training path, replayed on the sampled tokens
+    in the same micro-batches as the update, so that the first ratio is exactly 1. With `differentiable` that replay
+    keeps its graph and is returned as `scores`: where all samples fit into one forward and there is one update, it is
+    that update's forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With
+    `resampling_rounds` groups of equal rewards give way to groups of `spare(round)`, see `replaced`.
 
     Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
     (`UnusableScores`, with the images).
     """
     distribution = scored_distribution(objective, sampler)
-    parts = micro_batches(len(prompts), group_size, objective.micro_batch)
+    here = group_size if samples is None else samples.stop - samples.start
+    parts = micro_batches(len(prompts), here, objective.micro_batch)
     with torch.no_grad():
         look = None if reference is None else partial(look_back, reference, parts, distribution)
         if look is not None and getattr(objective, "compared", None) is not None:
             look = partial(look, keep_features=True)
         how: dict[str, Any] = {"group_size": group_size, "seed": seed, "update": update, "watch": watch}
+        how |= {"samples": samples, "ranks": ranks}
         prompt_tokens, kept, seen, count = draw_groups(
-            policy, sampler, scorer, objective, prompts, spare, look, beside=beside, **how
+            drawer or policy, sampler, scorer, objective, prompts, spare, look, beside=beside, **how
         )
-        samples = kept.samples
+        drawn = kept.samples
     with watch("replay"), torch.set_grad_enabled(differentiable):
         # Without a graph nothing is learned from this pass, and the divergence would be computed in vain.
         other = comparison(objective, reference, seen) if differentiable else None
-        live = look_back(policy, parts, distribution, prompt_tokens, samples, compare=other)
+        live = look_back(policy, parts, distribution, prompt_tokens, drawn, compare=other)
     rollout = Rollout(
         update=update,
         prompts=kept.prompts,
         prompt_tokens=prompt_tokens,
-        tokens=samples.tokens,
+        tokens=drawn.tokens,
         codes=kept.codes,
         images=kept.images,
-        scores=map_tensors(kept.scores.at(update), lambda tensor: tensor.to(samples.tokens.device)),
+        scores=map_tensors(kept.scores.at(update), lambda tensor: tensor.to(drawn.tokens.device)),
         old=map_tensors(live, Tensor.detach),
         reference=seen,
-        sampled_logps=samples.logps,
-        plans=samples.plans,
-        plan_weight=None if samples.plans is None else sampler.reasoning_weight,
-        guidance_scale=samples.guidance_scale,
-        temperature=samples.temperature,
+        sampled_logps=drawn.logps,
+        plans=drawn.plans,
+        plan_weight=None if drawn.plans is None else sampler.reasoning_weight,
+        guidance_scale=drawn.guidance_scale,
+        temperature=drawn.temperature,
     )
     return Collected(rollout, live if differentiable else None, count)
+
+
+def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
+    """The rollout with all samples of its groups where these span several processes; images stay those drawn here."""
+
+    def whole(part: Any) -> Any:
+        return (
+            ranks.whole_group(part)
+            if isinstance(part, Tensor)
+            else part and map_tensors(part, ranks.whole_group)
+        )
+
+    if ranks.sharing is None:
+        return rollout
+    parts = (
+        "tokens",
+        "codes",
+        "sampled_logps",
+        "scores",
+        "old",
+        "reference",
+        "plans",
+        "guidance_scale",
+        "temperature",
+    )
+    found: dict[str, Any] = {name: whole(getattr(rollout, name)) for name in parts}
+    return replace(rollout, **found)
 
 
 def look_back(

@@ -25,7 +25,7 @@ from stage.policy.decoder import (
     torch_operations,
 )
 from stage.policy.janus import JanusPolicy
-from stage.policy.rollout_weights import Affine, RolloutWeights
+from stage.policy.rollout_weights import Affine, RolloutWeights, rollout_weights
 from stage.policy.triton_draw import draw
 from stage.policy.triton_linear import MAX_ROWS, linear_parts
 
@@ -244,10 +244,17 @@ class GraphedDecoders:
         head = tuple(parameter.data_ptr() for parameter in policy.model.model.generation_head.parameters())
         if self._kept is not None:
             known, addresses, decoder = self._kept
-            if known is policy and addresses == head and decoder.shape == shape and decoder.weights.refresh():
+            if known is policy and addresses == head and decoder.shape == shape and _current(policy, decoder):
                 return decoder
             self._kept = None
             del decoder
-        weights = RolloutWeights(policy.language_model, shape.dtype)
+        weights = rollout_weights(policy, shape.dtype)
+        assert isinstance(weights, RolloutWeights)  # others are decoded without a graph
         self._kept = policy, head, GraphedDecoder(policy, weights, shape)
         return self._kept[2]
+
+
+def _current(policy: JanusPolicy, decoder: GraphedDecoder) -> bool:
+    """Whether a decoder has the weights of this moment, once it has taken over those that are not gathered for it."""
+    brought = policy.rollout_weights
+    return decoder.weights.refresh() if brought is None else decoder.weights is brought

@@ -78,8 +78,11 @@ class JanusPolicy(nn.Module):
     """Tokenizes prompts, scores image tokens with gradient, and decodes them to images.
 
     Attributes:
+        rollout_weights: what a sampler reads in place of the parameters (`stage.policy.gathered`), None for these.
         grid: image tokens a side; num_image_tokens: L = grid², codebook_size: V, image_size: pixels a side.
     """
+
+    rollout_weights: Any = None
 
     def __init__(
         self,

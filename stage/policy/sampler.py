@@ -14,7 +14,7 @@ from torch import Tensor
 from stage.policy.decoder import CachedDecoder, Prefixes, find_prefixes, image_logits
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
-from stage.policy.rollout_weights import RolloutWeights
+from stage.policy.rollout_weights import VisitingWeights, rollout_weights
 from stage.policy.variation import Variation
 from stage.types import PromptTokens, Samples
 
@@ -122,7 +122,9 @@ class Sampler:
             )
             prefixes = self._prefixes(policy, prompt, group, length, setting)
             draws = uniforms.to(policy.device).flatten(0, 1)
-            decode = self._decode_graphed if _has_graphs(policy) else self._decode
+            # Weights that are gathered whenever they are read have no address for a graph.
+            visiting = isinstance(policy.rollout_weights, VisitingWeights)
+            decode = self._decode_graphed if _has_graphs(policy) and not visiting else self._decode
             tokens, logps = decode(policy, prefixes, draws, dtype, setting)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
@@ -155,7 +157,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`, on any device."""
         model = policy.language_model
-        decoder = CachedDecoder(model, RolloutWeights(model, dtype), prefixes)
+        decoder = CachedDecoder(model, rollout_weights(policy, dtype), prefixes)
         hidden = decoder.start()
         sides = len(hidden) // len(draws)
         table = policy.image_embeddings().to(dtype)
