@@ -102,9 +102,8 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "results drift understanding jobs",
         "scoring",
     ),
-    "stage.report": ("read tables dashboard", "curves gallery groups", "page", "compare", "__main__"),
     "stage.report": (
-        "read tables statistics wandb_log",
+        "read tables statistics wandb_log dashboard",
         "curves gallery groups comparable sources spread",
         "page paired variants",
         "compare scores",
