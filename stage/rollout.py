@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage.drawn import Drawn
 from stage.group_draws import Stopwatch, draw_groups
 from stage.objective.distributions import Comparison
 from stage.policy import drawing
@@ -245,12 +246,25 @@ def collect(
         prompt_tokens, kept, seen, count = draw_groups(
             drawer or policy, sampler, scorer, objective, prompts, spare, look, beside=beside, **how
         )
-        drawn = kept.samples
     with watch("replay"), torch.set_grad_enabled(differentiable):
-        # Without a graph nothing is learned from this pass, and the divergence would be computed in vain.
-        other = comparison(objective, reference, seen) if differentiable else None
-        live = look_back(policy, parts, distribution, prompt_tokens, drawn, compare=other)
-    rollout = Rollout(
+        other = (
+            comparison(objective, reference, seen) if differentiable else None
+        )  # else nothing learns from it
+        live = look_back(policy, parts, distribution, prompt_tokens, kept.samples, compare=other)
+    rollout = _recorded(update, kept, prompt_tokens, map_tensors(live, Tensor.detach), seen, sampler)
+    return Collected(rollout, live if differentiable else None, count)
+
+
+def _recorded(
+    update: int,
+    kept: Drawn,
+    prompt_tokens: PromptTokens,
+    old: TokenScores,
+    seen: TokenScores | None,
+    sampler: Any,
+) -> Rollout:
+    drawn = kept.samples
+    return Rollout(
         update=update,
         prompts=kept.prompts,
         prompt_tokens=prompt_tokens,
@@ -258,7 +272,7 @@ def collect(
         codes=kept.codes,
         images=kept.images,
         scores=map_tensors(kept.scores.at(update), lambda tensor: tensor.to(drawn.tokens.device)),
-        old=map_tensors(live, Tensor.detach),
+        old=old,
         reference=seen,
         sampled_logps=drawn.logps,
         plans=drawn.plans,
@@ -266,7 +280,6 @@ def collect(
         guidance_scale=drawn.guidance_scale,
         temperature=drawn.temperature,
     )
-    return Collected(rollout, live if differentiable else None, count)
 
 
 def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
@@ -310,8 +323,17 @@ def look_back(
 
 
 def comparison(objective: Any, reference: Any, seen: TokenScores | None) -> Comparison | None:
-    """What the policy's distributions are compared with, from what the reference saw; None where nothing asks."""
+    """What the policy's distributions are compared with, from what the reference saw; None where nothing asks.
+
+    Raises ValueError for a reference whose last layer lies in pieces.
+    """
     kind = getattr(objective, "compared", None)
     if kind is None or seen is None or seen.features is None:
         return None
-    return Comparison(kind, seen.features, *reference.last_layer())
+    weight, bias = reference.last_layer()
+    if hasattr(weight, "placements"):  # one of torch's DTensors
+        raise ValueError(
+            f"{type(kind).__name__} needs the reference's last layer in one piece, got one that is sharded; with "
+            "strategy=fsdp take algorithm/divergence=k1, k2 or k3"
+        )
+    return Comparison(kind, seen.features, weight, bias)
