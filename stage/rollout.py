@@ -246,23 +246,25 @@ def collect(
         prompt_tokens, kept, seen, count = draw_groups(
             drawer or policy, sampler, scorer, objective, prompts, spare, look, beside=beside, **how
         )
+        drawn = kept.samples
     with watch("replay"), torch.set_grad_enabled(differentiable):
-        other = (
-            comparison(objective, reference, seen) if differentiable else None
-        )  # else nothing learns from it
-        live = look_back(policy, parts, distribution, prompt_tokens, kept.samples, compare=other)
-    rollout = _recorded(update, kept, prompt_tokens, map_tensors(live, Tensor.detach), seen, sampler)
+        # Without a graph nothing is learned from this pass, and the divergence would be computed in vain.
+        other = comparison(objective, reference, seen) if differentiable else None
+        live = look_back(policy, parts, distribution, prompt_tokens, drawn, compare=other)
+    weight = None if drawn.plans is None else sampler.reasoning_weight
+    rollout = _record(update, prompt_tokens, kept, live, seen, weight)
     return Collected(rollout, live if differentiable else None, count)
 
 
-def _recorded(
+def _record(
     update: int,
-    kept: Drawn,
     prompt_tokens: PromptTokens,
-    old: TokenScores,
+    kept: Drawn,
+    live: TokenScores,
     seen: TokenScores | None,
-    sampler: Any,
+    plan_weight: float | None,
 ) -> Rollout:
+    """Groups and what policy and reference find in them, without any graph."""
     drawn = kept.samples
     return Rollout(
         update=update,
@@ -272,11 +274,11 @@ def _recorded(
         codes=kept.codes,
         images=kept.images,
         scores=map_tensors(kept.scores.at(update), lambda tensor: tensor.to(drawn.tokens.device)),
-        old=old,
+        old=map_tensors(live, Tensor.detach),
         reference=seen,
         sampled_logps=drawn.logps,
         plans=drawn.plans,
-        plan_weight=None if drawn.plans is None else sampler.reasoning_weight,
+        plan_weight=plan_weight,
         guidance_scale=drawn.guidance_scale,
         temperature=drawn.temperature,
     )
