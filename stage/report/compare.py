@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
-from scipy import stats
 
 from stage.benchmarks.images import write_atomic
 from stage.report.comparable import check_prompts, check_scorers
@@ -20,6 +18,7 @@ from stage.report.curves import COLORS, Line, comparison_panel
 from stage.report.groups import Group, group_runs
 from stage.report.page import HTML, MARKDOWN, render
 from stage.report.read import Run, read_run
+from stage.report.statistics import estimate
 from stage.report.tables import Cell, cell, markdown
 
 PANELS = (  # title, unit, column of metrics.csv
@@ -31,7 +30,6 @@ PANELS = (  # title, unit, column of metrics.csv
     ("Gradient", "norm before clipping", "policy/gradient_norm"),
 )
 TRAINING = "training"  # what a score is called that training itself measured
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,10 @@ def comparison_tables(groups: Sequence[Group]) -> list[ComparisonTable]:
     return tables
 
 
-def over_seeds(values: Sequence[float], signed: bool) -> Cell:
+def over_seeds(values: Sequence[float], signed: bool, digits: int = 3) -> Cell:
     """The mean and its Student interval over seeds; one seed has no interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return cell({"mean": mean, "low": None, "high": None}, signed)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
-    return cell({"mean": mean, "low": mean - half, "high": mean + half}, signed)
+    found = estimate(values)
+    return cell({"mean": found.mean, "low": found.low, "high": found.high}, signed, digits)
 
 
 Scored = Mapping[Path, tuple[float, float | None]]  # (score, base score) of a run by its folder
