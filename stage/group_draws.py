@@ -55,7 +55,8 @@ def draw(
     the group are drawn.
     """
     prompt_tokens = tokenized(policy, sampler, prompts)
-    noise = drawing.noise(policy, sampler, seed, update, [prompt.id for prompt in prompts], group_size)
+    ids = [prompt.id for prompt in prompts]
+    noise = drawing.noise(policy, sampler, seed, update, ids, group_size, vary=True)
     if samples is not None:
         noise = map_tensors(noise, lambda part: part[:, samples])
     return prompt_tokens, drawing.draw(policy, sampler, prompt_tokens, noise)

@@ -28,7 +28,10 @@ from omegaconf.errors import OmegaConfBaseException
 from stage import processes
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-WANTS_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `run` sets it
+ONE_LINE = "STAGE_ONE_LINE"  # set beside it where it is ours and not the user's wish, for processes started meanwhile
+WANTS_TRACEBACK = (
+    os.environ.get(FULL_ERROR) == "1" and ONE_LINE not in os.environ
+)  # read before `run` sets them
 OF_THE_COMMAND = ("resume", "output")  # settings of one command, not of the experiment
 FIXED = (
     "model.",
@@ -39,6 +42,7 @@ GROUPS = "algorithm model data reward sampler optimizer scheduler trainer logger
 SWITCHES = ("reference_on_cpu", "reward_beside_reference", "self_check")
 SETTINGS = "seed updates group_size gradient_clip name output resume"
 KNOWN = {*GROUPS.split(), *SETTINGS.split(), *SWITCHES}
+CARRIED = ("metrics.csv", "code.json")  # that a run which goes on elsewhere begins with
 LONGEST_NAME = 200  # bytes of a file name; file systems take 255
 LEAST = {"group_size": 2, "updates": 1, "seed": 0}  # whole numbers, and the smallest value of each
 
@@ -62,7 +66,7 @@ def run_folder(resume: str | None, fresh: str) -> str:
 
 def job_folder(overrides: str) -> str:
     """A folder name for one job of a sweep: its overrides, as far as file systems take them, and then a hash."""
-    name = overrides.replace("/", "_")
+    name = overrides.replace("/", "_") or "defaults"
     if len(name.encode()) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME // 4]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
@@ -75,14 +79,17 @@ OmegaConf.register_new_resolver("processes", processes.processes, replace=True)
 
 def run(main: Callable[[], Any]) -> None:
     """Call a function made by `hydra.main`; a mistake on its command line is one line and exit status 1 too."""
-    before = os.environ.get(FULL_ERROR)
+    before = {name: os.environ.get(name) for name in (FULL_ERROR, ONE_LINE)}
     with mistakes_in_one_line():
         try:
             sys.argv[1:] = processes.arguments(sys.argv[1:])
             os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing a traceback
+            if not WANTS_TRACEBACK:
+                os.environ[ONE_LINE] = "1"
             main()
         finally:  # or whoever is started next would take it for the user's wish
-            os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 @contextmanager
@@ -156,6 +163,7 @@ def prepare(config: DictConfig) -> Prepared:
             carry_metrics(Path(str(config.resume)).expanduser(), Path(hydra.runtime.output_dir))
     found.config.output = hydra.runtime.output_dir
     check(found.config)
+    check_folder(config)
     processes.check_strategy(found.choices["strategy"], found.config.trainer.devices)
     return found._replace(overrides=[item for item in found.overrides if key(item) not in OF_THE_COMMAND])
 
@@ -175,6 +183,17 @@ def check(config: DictConfig) -> None:
     for name in SWITCHES:
         if not isinstance(config[name], bool):
             raise ValueError(f"{name} must be true or false; got {config[name]!r}")
+
+
+def check_folder(config: DictConfig) -> None:
+    """Raise ValueError for a new run where one has its checkpoints already."""
+    checkpoints = config.callbacks.get("checkpoints")
+    last = None if checkpoints is None else Path(str(checkpoints.folder)) / "last.ckpt"
+    if last is not None and config.resume is None and last.is_file():
+        raise ValueError(
+            f"{short(last.parent.parent)} holds a run already: two runs would have one name. Go on with it by "
+            f"resume={short(last)}, or choose another output"
+        )
 
 
 def resumed(path: str, overrides: Sequence[str], *, say: bool) -> Prepared:
@@ -212,10 +231,18 @@ def resumed(path: str, overrides: Sequence[str], *, say: bool) -> Prepared:
 
 
 def carry_metrics(checkpoint: Path, output: Path) -> None:
-    """Begin the metrics of a run that goes on in another folder with those of the run it comes from."""
-    before, now = checkpoint.parent.parent / "metrics.csv", output / "metrics.csv"
-    if before.is_file() and not now.exists():
-        shutil.copyfile(before, now)
+    """Begin metrics and versions of a run that goes on in another folder with those of the run it comes from."""
+    for name in CARRIED:
+        before, now = checkpoint.parent.parent / name, output / name
+        if before.is_file() and not now.exists():
+            shutil.copyfile(before, now)
+
+
+def updates_before(resume: str | None) -> int:
+    """Rollouts that the checkpoint `resume` has done, 0 for a new run."""
+    from stage.training_checkpoint import read_training_checkpoint
+
+    return 0 if resume is None else int(read_training_checkpoint(Path(str(resume)).expanduser())["update"])
 
 
 def key(override: str) -> str:

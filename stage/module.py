@@ -37,7 +37,9 @@ from stage.provenance import changed_files, scorer_record
 from stage.ranks import ALONE, Division, Ranks
 from stage.rollout import (
     Collected,
+    check_comparison,
     collect,
+    comparison,
     micro_batches,
     score_part,
     scored_distribution,
@@ -113,6 +115,7 @@ class StageModule(LightningModule):
             )
         scored_distribution(objective, sampler)
         check_resampling(objective, sampler)
+        check_comparison(objective, sampler)
         drawing.check(policy, sampler)
         self.automatic_optimization = False
         self.strict_loading = (
@@ -327,9 +330,10 @@ class StageModule(LightningModule):
         `scores` of the rollout, where they carry a graph, save the forward.
         """
         if scores is None:
-            distribution = scored_distribution(self.objective, self.sampler)
+            distribution = scored_distribution(self.objective, self.sampler).of(rollout)
+            other = comparison(self.objective, self.reference, rollout.reference)
             drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
-            scores = score_part(self.policy, *drawn, prompts, samples, distribution)
+            scores = score_part(self.policy, *drawn, prompts, samples, distribution, other)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
         self.manual_backward(loss * self.division.span)  # gradients of processes are averaged
         return loss.detach(), metrics

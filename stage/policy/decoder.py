@@ -188,7 +188,7 @@ class Prefill:
         return rotate(turned, cos, sin), values
 
 
-def image_logits(policy: JanusPolicy, hidden: Tensor, guidance_scale: float) -> Tensor:
+def image_logits(policy: JanusPolicy, hidden: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Guided logits of hidden states, in their type; see `JanusPolicy.image_logits`."""
     weight: Tensor = next(policy.model.model.generation_head.parameters())
     # Where weights are kept in a wider type than the sampler computes in, autocast narrows those of the head.

@@ -194,6 +194,10 @@ class AdaptersOff(nn.Module):
 
     forward = score
 
+    def last_layer(self) -> Any:
+        """That of the policy, on which no adapter stands."""
+        return self.policy.last_layer()
+
 
 def merged_tensors(policy: nn.Module) -> dict[str, Tensor]:
     """The effective weights of all layers with an adapter, by the name that the layer's weight has in the base."""
