@@ -57,7 +57,7 @@ def sharded_line(module: Any, device: torch.device, strategy: Sharded) -> str:
     total, room = sharded_peak(parts), device_memory(device)
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     if total > room:
-        advice = "strategy.rollout=layers" if copied else "strategy.cpu_offload=true"
+        advice = "trainer.strategy.rollout=layers" if copied else "trainer.strategy.cpu_offload=true"
         raise ValueError(
             f"a run must fit into the memory of its device; each of {world} processes needs {listed}, {_size(total)} "
             f"at once, and {device} has {_size(room)}. Set {advice}, start more processes, or set model/adapter=lora."

@@ -100,9 +100,10 @@ class Ranks:
         try:
             return self._exchange(text)
         except RuntimeError as error:
+            reason = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]
             raise LostPeer(
                 f"every process must come to each exchange in time; one has died or let process {self.rank} wait: "
-                f"{str(error).splitlines()[0]}. Look at what the others said, and resume from the last checkpoint."
+                f"{reason}. Look at what the others said, and resume from the last checkpoint."
             ) from error
 
     def _exchange(self, text: str) -> list[str]:
