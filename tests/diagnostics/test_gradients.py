@@ -64,7 +64,10 @@ def test_they_add_up_to_the_gradient_of_the_rollout(world: dict[str, Any], with_
         assert weighted.mean().item() == pytest.approx(metrics["loss/kl"].item(), abs=1e-6)
     gradients = torch.autograd.grad(whole, parameters, allow_unused=True)
     flat = torch.cat(
-        [torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(gradients, parameters)]
+        [
+            torch.zeros(p.numel()) if g is None else g.flatten()
+            for g, p in zip(gradients, parameters, strict=True)
+        ]
     )
     assert torch.allclose(found.sum(dim=(0, 1)), flat, atol=1e-6, rtol=1e-4)
     assert float(flat.norm()) > 1e-3
