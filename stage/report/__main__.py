@@ -1,6 +1,7 @@
 """Reports from the command line.
 
 python -m stage.report RUN                              report.html and report.md of a run or an evaluation
+python -m stage.report compare A B                      two evaluations, paired prompt by prompt
 python -m stage.report compare RUN RUN ... --output FOLDER    several runs side by side
 python -m stage.report ablation RUN RUN ... --output FOLDER   what differs between them, with tests and what is wrong
 """
@@ -17,7 +18,8 @@ def main(arguments: Sequence[str]) -> None:
     commands = {"compare": compare, "ablation": ablation}
     command = commands.get(arguments[0] if arguments else "")
     page = report(arguments) if command is None else command(arguments[1:])
-    print(f"page in {page}")
+    if page is not None:
+        print(f"page in {page}")
 
 
 def report(arguments: Sequence[str]) -> Path:
@@ -35,16 +37,26 @@ def report(arguments: Sequence[str]) -> Path:
     return write_report(folder)
 
 
-def compare(arguments: Sequence[str]) -> Path:
-    """Parse `RUN RUN ... --output FOLDER` and write the comparison."""
+def compare(arguments: Sequence[str]) -> Path | None:
+    """Parse `RUN RUN ... --output FOLDER` and write the comparison; or print the paired table of two evaluations."""
     parser = argparse.ArgumentParser(
         prog="python -m stage.report compare",
         description="Lay runs side by side. Runs that differ in nothing but their seed form a group; the page shows "
-        "mean curves over the updates, and final scores with intervals over seeds. Differences are to the first group.",
+        "mean curves over the updates, and final scores with intervals over seeds. Differences are to the first group. "
+        "Without --output, two evaluations are paired prompt by prompt and their table is printed.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, evaluated if possible")
-    parser.add_argument("--output", type=Path, required=True, help="folder for report.html and report.md")
+    parser.add_argument("--output", type=Path, help="folder for report.html and report.md")
     parsed = parser.parse_args(arguments)
+    if parsed.output is None:
+        if len(parsed.runs) != 2:
+            parser.error(
+                f"a paired table is of two evaluations, got {len(parsed.runs)}; for several runs give --output FOLDER"
+            )
+        from stage.report.paired import paired_markdown
+
+        print(paired_markdown(*parsed.runs))
+        return None
 
     from stage.report.compare import write_comparison
 

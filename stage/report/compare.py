@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from stage.benchmarks.images import write_atomic
+from stage.report.comparable import check_prompts, check_scorers
 from stage.report.curves import COLORS, Line, comparison_panel
 from stage.report.groups import Group, group_runs
 from stage.report.page import HTML, MARKDOWN, render
@@ -146,10 +147,12 @@ def _overall(run: Run, split: str, headline: str) -> tuple[float, float | None]:
 def _check_comparable(runs: Sequence[Run]) -> None:
     """Raise ValueError unless all evaluations drew the same prompts from the same base in the same way."""
     for run in runs[1:]:
-        for key in ("benchmark", "settings", "scores", "scorer"):
+        assert run.evaluation is not None and runs[0].evaluation is not None
+        check_prompts(runs[0].evaluation, run.evaluation)
+        check_scorers(runs[0].evaluation, run.evaluation)
+        for key in ("benchmark", "settings", "scores"):
             mine, first = (_comparable(r, key) for r in (run, runs[0]))
-            unknown = key == "scorer" and None in (mine, first)  # a scorer without weights, or older results
-            if mine != first and not unknown:
+            if mine != first:
                 raise ValueError(
                     "evaluations can be compared when base, sampler, seed, prompts and scorer are the same; in "
                     f"{key} {run.folder} has {mine}, {runs[0].folder} has {first}. Evaluate both with the same command."
