@@ -73,7 +73,9 @@ def evaluated_scores(variants: Sequence[Variant]) -> tuple[list[Score], list[Fin
                         if "tuned" in row:
                             base.setdefault(key, {}).setdefault(variant.label, {})[seed] = row["base"]["mean"]
     several = len({key.benchmark for key in values}) > 1
-    order = sorted(values, key=lambda key: not main[key])  # stable: splits stay in the order of the file
+    order = sorted(
+        values, key=lambda key: (not main[key], not good[key])
+    )  # stable: splits stay as in the file
     return [
         Score(_title(key), _short(key, several), values[key], base.get(key, {}), main[key], good=good[key])
         for key in order
