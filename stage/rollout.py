@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage.drawn import Drawn
 from stage.group_draws import Stopwatch, draw_groups
 from stage.objective.distributions import Comparison
 from stage.policy import drawing
@@ -250,7 +251,22 @@ def collect(
         # Without a graph nothing is learned from this pass, and the divergence would be computed in vain.
         other = comparison(objective, reference, seen) if differentiable else None
         live = look_back(policy, parts, distribution, prompt_tokens, drawn, compare=other)
-    rollout = Rollout(
+    weight = None if drawn.plans is None else sampler.reasoning_weight
+    rollout = _record(update, prompt_tokens, kept, live, seen, weight)
+    return Collected(rollout, live if differentiable else None, count)
+
+
+def _record(
+    update: int,
+    prompt_tokens: PromptTokens,
+    kept: Drawn,
+    live: TokenScores,
+    seen: TokenScores | None,
+    plan_weight: float | None,
+) -> Rollout:
+    """Groups and what policy and reference find in them, without any graph."""
+    drawn = kept.samples
+    return Rollout(
         update=update,
         prompts=kept.prompts,
         prompt_tokens=prompt_tokens,
@@ -262,11 +278,10 @@ def collect(
         reference=seen,
         sampled_logps=drawn.logps,
         plans=drawn.plans,
-        plan_weight=None if drawn.plans is None else sampler.reasoning_weight,
+        plan_weight=plan_weight,
         guidance_scale=drawn.guidance_scale,
         temperature=drawn.temperature,
     )
-    return Collected(rollout, live if differentiable else None, count)
 
 
 def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:

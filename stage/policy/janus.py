@@ -15,17 +15,13 @@ from transformers import JanusForConditionalGeneration, JanusImageProcessor, Jan
 from stage.objective.distributions import Comparison, linear_divergence
 from stage.objective.logprobs import linear_token_scores
 from stage.paths import model_folder
+from stage.policy import pictures
 from stage.policy.attention import check_attention, set_attention
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.lora import Lora, NoAdapter
 from stage.policy.plan_layout import append_plans, before_plans
 from stage.policy.template import Template
 from stage.types import Plans, PromptTokens, TokenScores, map_tensors
-
-# Pixels that go through the VQ decoder together. A CPU is fastest while the activations stay in its cache: 64
-# images of 96 pixels took half the time in chunks of 3 to 8 that they took at once. A GPU wants to be filled.
-DECODE_PIXELS = {"cpu": 2**15, "cuda": 2**20}
-DECODE_IMAGES = 64  # and never more: a chunk is always full
 
 
 def load_policy(
@@ -344,29 +340,11 @@ class JanusPolicy(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens `[P, G, L]` to uint8 images `[P, G, H, W, 3]`, with the arithmetic of the processor's postprocess.
-
-        The VQ model gives pixels x; the image is the integer part of 255 (x std + mean), clipped to [0, 255].
-        """
+        """Tokens `[P, G, L]` to uint8 images `[P, G, H, W, 3]`, with the arithmetic of the processor's postprocess."""
         prompts, group, _ = self._check_tokens(tokens)
-        flat = tokens.flatten(0, 1)
-        size = DECODE_PIXELS.get(tokens.device.type, 2**20) // self.image_size**2
-        size = min(max(1, size), DECODE_IMAGES)
-        # The last chunk is filled up: a convolution of another batch size may round otherwise, and an image must not
-        # depend on how many are decoded with it.
-        filled = torch.cat([flat, flat[-1:].expand(-len(flat) % size, -1)])
-        images = torch.cat([self._decode(part) for part in filled.split(size)])
-        return images[: len(flat)].unflatten(0, (prompts, group))
-
-    def _decode(self, tokens: Tensor) -> Tensor:
-        vq = self.model.model.vqmodel
-        latent = vq.post_quant_conv(vq.quantize.get_codebook_entry(tokens))
-        # Channels last: convolutions take two thirds of the time on a CPU, and the output is wanted so anyway.
-        latent = latent.contiguous(memory_format=torch.channels_last)
-        pixels = vq.decoder(latent).float().permute(0, 2, 3, 1)
-        mean = pixels.new_tensor(self.image_processor.image_mean)
-        std = pixels.new_tensor(self.image_processor.image_std)
-        return ((pixels * std + mean) * 255).clamp(0, 255).to(torch.uint8)
+        flat, vq = tokens.flatten(0, 1), self.model.model.vqmodel
+        images = pictures.decoded(vq, self.image_processor, flat, self.image_size)
+        return images.unflatten(0, (prompts, group))
 
     def codes(self, tokens: Tensor) -> Tensor:
         """Unit codebook vectors `[P, G, L, C]` of tokens `[P, G, L]`, float32, as the VQ decoder sees them."""
@@ -380,12 +358,9 @@ class JanusPolicy(nn.Module):
         A codebook vector is the same wherever its token stands; a feature has seen the tokens around it.
         """
         prompts, group, _ = self._check_tokens(tokens)
-        vq = self.model.model.vqmodel
-        found = []
-        for part in tokens.flatten(0, 1).split(DECODE_IMAGES):
-            latent = vq.post_quant_conv(vq.quantize.get_codebook_entry(part))
-            found.append(vq.decoder.mid(vq.decoder.conv_in(latent)).flatten(2).transpose(1, 2).float())
-        return torch.cat(found).unflatten(0, (prompts, group))
+        return pictures.features(self.model.model.vqmodel, tokens.flatten(0, 1)).unflatten(
+            0, (prompts, group)
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configs, tokenizer and processor in the transformers layout that `load_policy` reads."""
