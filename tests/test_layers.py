@@ -107,10 +107,11 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "compare scores",
         "overview",
         "ablation",
+        "picture",
         "ablation_page",
         "__main__",
     ),
-    "stage.pack": ("plan", "pool archive", "__main__"),
+    "stage.pack": ("plan", "pool thin", "archive", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
         "rollout rewards evaluation",
