@@ -14,7 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from stage.training_checkpoint import atomic_write, trained_names
+from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
 
 COPIES = 3  # checkpoints that exist at once: last, best, and the one being written
 
@@ -25,6 +25,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own writer holds the whole file in memory, writes it into the system's temporary folder, which may
     be another disk, and copies it from there: a kill in the middle leaves half a checkpoint.
     """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint, mapped from the file: of several processes each reads what it needs."""
+        return read_training_checkpoint(Path(path))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -59,7 +65,13 @@ class Checkpoints(Checkpoint):
         return self.folder / "last.ckpt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Raise before any work when the folder cannot take the checkpoints."""
+        """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        with pl_module.ranks.together():
+            if trainer.is_global_zero:
+                self._check_room(pl_module)
+
+    def _check_room(self, pl_module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = COPIES - len(list(self.folder.glob("*.ckpt")))
         needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(self.folder).free
@@ -96,8 +108,9 @@ class Checkpoints(Checkpoint):
         A second Ctrl-C saves nothing, since it asks to leave now. Of several processes the others may not know of the
         error and would be waited for: then last.ckpt stays what it was.
         """
+        known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
-        if unsaved and pl_module.whole and isinstance(exception, Exception) and trainer.world_size == 1:
+        if unsaved and pl_module.whole and isinstance(exception, Exception) and known:
             self.save(trainer, self.last)
             self.saved_update = pl_module.update
 

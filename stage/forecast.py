@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -50,8 +50,8 @@ def workload(module: Any) -> Workload:
         images=len(prompts) * module.group_size,
         micro_batch=largest,
         prompt_tokens=_prompt_tokens(policy, module.sampler, [prompt.text for prompt in prompts]),
-        rollout_rows=1 if module.sampler.guidance_scale == 1 else 2,
-        scored_rows=1 if scored.guidance_scale == 1 else 2,
+        rollout_rows=2 if module.sampler.guided else 1,
+        scored_rows=1 if scored.guidance_scale == 1 and not (scored.varied and module.sampler.guided) else 2,
         optimizer_bytes=module.optimizer_bytes(),
         reference=_reference(module),
         checkpointing=policy.gradient_checkpointing,
@@ -94,9 +94,9 @@ def lost_steps(module: Any) -> str | None:
     )
 
 
-def announce(module: Any, device: torch.device) -> None:
-    """Print the memory of a run, and its warning; raises as `memory_line` does."""
-    print(memory_line(module, device), flush=True)
+def announce(module: Any, device: torch.device, say: Callable[[str], None]) -> None:
+    """Say the memory of a run, and print its warning; raises as `memory_line` does."""
+    say(memory_line(module, device))
     if (warning := lost_steps(module)) is not None:
         print(warning, file=sys.stderr, flush=True)
 

@@ -19,9 +19,11 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
+from stage.code_version import continued
 from stage.training_checkpoint import atomic_write
 
 X = "update"
+CODE = "code.json"
 
 
 class MetricsFile(Logger):
@@ -60,6 +62,17 @@ class MetricsFile(Logger):
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / "reward.json") as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @rank_zero_only
+    def write_code(self, record: Mapping[str, Any], update: int) -> None:
+        """code.json: the versions of the program that the run was made by (`stage.code_version`), oldest first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / CODE
+        before = json.loads(file.read_text(encoding="utf-8")) if update and file.is_file() else []
+        with atomic_write(file) as temporary:
+            temporary.write_text(
+                json.dumps(continued(before, record, update), indent=1) + "\n", encoding="utf-8"
+            )
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -152,6 +165,15 @@ def log_reward(loggers: Sequence[Any], record: Mapping[str, Any]) -> None:
             logger.write_reward(record)
         elif isinstance(logger, WandbLogger):
             logger.log_hyperparams({"reward_record": dict(record)})
+
+
+def log_code(loggers: Sequence[Any], record: Mapping[str, Any], update: int) -> None:
+    """Keep which code makes the run from `update` on: code.json beside config.yaml, and wandb."""
+    for logger in loggers:
+        if isinstance(logger, MetricsFile):
+            logger.write_code(record, update)
+        elif isinstance(logger, WandbLogger):
+            logger.log_hyperparams({"code": dict(record)})
 
 
 def log_image(loggers: Sequence[Any], name: str, file: Path, caption: str, update: int) -> None:

@@ -39,8 +39,8 @@ class Subject:
     checkpoint: Path | None = None
     update: int | None = None
 
-    def load(self, device: torch.device) -> JanusPolicy:
-        """The policy in eval mode on `device`, without gradients.
+    def load(self, device: torch.device, trainable: bool = False) -> JanusPolicy:
+        """The policy in eval mode on `device`, without gradients unless `trainable` keeps those that training has.
 
         Raises FileNotFoundError or ValueError where the weights cannot be read or are of another base.
         """
@@ -50,7 +50,8 @@ class Subject:
             source = str(self.model["path"])
             check_base(trained, {"path": source, "sha256": weights_sha256(configured_folder(self.model))})
             load_trained(policy, trained)
-        return policy.to(device).eval().requires_grad_(False)
+        policy = policy.to(device).eval()
+        return policy if trainable else policy.requires_grad_(False)
 
     def image_settings(self, sampler: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Everything but the prompt and the sample index that an image of this model depends on."""
@@ -103,7 +104,7 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
         tuned = None if path is None else _tuned(model, path)
         return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
     trained = read_training_checkpoint(path)
-    model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
+    model, sampler = (recorded(group, config, trained["config"], overrides) for group in RECORDED)
     tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]))
     base = _folder(_without_adapter(model))
     return Subjects(base, tuned, sampler, trained["config"], trained.get("reward"))
@@ -147,7 +148,7 @@ def _folder(model: Mapping[str, Any]) -> Subject:
     return Subject(str(model["path"]), weights_sha256(configured_folder(model)), model)
 
 
-def _recorded(
+def recorded(
     group: str, config: DictConfig, trained: Mapping[str, Any], overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The group as the checkpoint recorded it, with the changes that the command line makes to it."""

@@ -149,7 +149,9 @@ def test_images_of_other_settings_are_an_error(world: World, monkeypatch: pytest
     assert run(world, monkeypatch, *arguments) is None
     before = pictures(world.root / "out")
     code = run(world, monkeypatch, *arguments, "sampler.guidance_scale=4")
-    assert isinstance(code, str) and "holds images of another evaluation" in code and "output=FOLDER" in code
+    assert (
+        isinstance(code, str) and "holds 4 images of another evaluation" in code and "output=FOLDER" in code
+    )
     assert pictures(world.root / "out") == before
 
 

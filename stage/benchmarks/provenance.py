@@ -6,13 +6,10 @@ import hashlib
 import json
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from stage.types import Prompt
 
@@ -40,20 +37,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds `folder` and whether tracked files were changed; None outside of one."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    commit = _git(git, folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {
-        "commit": commit,
-        "changed": bool(_git(git, folder, "status", "--porcelain", "--untracked-files=no")),
-    }
-
-
 def command() -> str:
     """The command line as one would type it again, without the folder of the interpreter."""
     return shlex.join([Path(sys.executable).name, *sys.argv])
@@ -63,8 +46,3 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     """Of the texts and metadata in file order: two evaluations with the same one saw the same prompts."""
     lines = [json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True) for prompt in prompts]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _git(git: str, folder: Path, *arguments: str) -> str | None:
-    run = subprocess.run([git, "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    return run.stdout.strip() if run.returncode == 0 else None

@@ -14,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from stage.benchmarks import provenance
+from stage.benchmarks.adding import Tables
 from stage.benchmarks.benchmark import Benchmark
-from stage.benchmarks.evaluation import Candidate, Judged, Tables
+from stage.benchmarks.evaluation import Candidate, Judged
 from stage.benchmarks.images import write_atomic
 from stage.benchmarks.intervals import OVERALL
+from stage.code_version import code_record
 from stage.provenance import scorer_record
 
 FORMAT = 1  # of results.json
@@ -62,7 +64,7 @@ def compose_results(
         "config": dict(config),
         "trained_with": trained_with,
         "versions": provenance.versions(),
-        "git": provenance.git_state(source),
+        "git": code_record(source),
         "timing": {role: dict(spent) for role, spent in timing.items()},
         "scores": scores,
         "images": [_image_line(item, candidates[-1].folder) for item in judged],
@@ -139,6 +141,7 @@ def _image_line(item: Judged, folder: Path) -> dict[str, Any]:
         "index": item.index,
         "sample": item.sample,
         "task": item.task,
+        "rows": list(item.rows),
         "parts": dict(item.verdict.parts),
         "reason": item.verdict.reason,
         **({} if item.plan is None else {"plan": item.plan}),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage import weights
 from stage.batches import Batches
@@ -17,6 +19,14 @@ from stage.types import Prompt, Scores
 HOME = weights.Home("microsoft/git-large-vqav2")
 # Tasks whose answer GIT is not asked for: relations and counts.
 OTHER_TASKS = ("spatial", "numeracy")
+
+
+class Seen(nn.Module):
+    """Stands where GIT has its image encoder, for pictures that the encoder has seen before."""
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
+        """Features `[N, 1, patches, width]`, in four axes as GIT expects of pixels."""
+        return SimpleNamespace(last_hidden_state=pixel_values.squeeze(1))
 
 
 class GITReward:
@@ -31,7 +41,7 @@ class GITReward:
 
     Departures:
         1. All pairs of image and question go through the model in batches, padded behind the question, which
-           the model reads from left to right.
+           the model reads from left to right. The image encoder sees each image once, however many are its questions.
         2. Every tensor of the file is accounted for; there, what does not fit is skipped.
         3. GenEval's metadata are read too: a colour makes an attribute.
 
@@ -51,6 +61,7 @@ class GITReward:
 
         model = weights.pretrained(GitForCausalLM.from_pretrained, folder, "git", self.dtype)
         self.model = model.to(self.device)
+        self.encoder, self.model.git.image_encoder = self.model.git.image_encoder, Seen()
         self.pixels = from_processor(weights.read_json(folder, "preprocessor_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.yes, self.no = (self._answer(word) for word in ("yes", "no"))
@@ -92,13 +103,22 @@ class GITReward:
         """The probability of yes against no for each (picture number, question)."""
         if not rows:
             return []
-        return self.batches.run(lambda batch: self._yes(pictures, batch), rows).tolist()
-
-    def _yes(self, pictures: Tensor, rows: list[tuple[int, str]]) -> Tensor:
-        """Probabilities `[N]` for N rows of (picture number, question)."""
         used = sorted({i for i, _ in rows})
-        pixels = self.pixels(pictures[used], self.device, self.dtype)
-        texts = self.tokenizer([text for _, text in rows], add_special_tokens=False)["input_ids"]
+        seen = self.batches.run(self._see, pictures[used])
+        places = [used.index(i) for i, _ in rows]
+        questions = [text for _, text in rows]
+        return self.batches.run(
+            lambda batch, texts: self._yes(seen[batch], texts), places, questions
+        ).tolist()
+
+    def _see(self, pictures: Tensor) -> Tensor:
+        """What the image encoder makes of pictures, `[N, patches, width]`."""
+        found: Tensor = self.encoder(self.pixels(pictures, self.device, self.dtype)).last_hidden_state
+        return found
+
+    def _yes(self, seen: Tensor, questions: list[str]) -> Tensor:
+        """Probabilities `[N]` for N pictures, as the encoder has seen them, and a question about each."""
+        texts = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
         ids = [torch.tensor([self.tokenizer.cls_token_id, *text]) for text in texts]
         padded = torch.nn.utils.rnn.pad_sequence(
             ids, batch_first=True, padding_value=self.tokenizer.pad_token_id
@@ -108,11 +128,12 @@ class GITReward:
         logits = self.model(
             input_ids=padded.to(self.device),
             attention_mask=mask.long().to(self.device),
-            pixel_values=pixels[[used.index(i) for i, _ in rows]],
+            pixel_values=seen.unsqueeze(1),
+            logits_to_keep=padded.shape[1],
         ).logits
-        # The pictures' tokens come before the question; the answer follows its last one.
-        last = (logits.shape[1] - padded.shape[1] + length - 1).to(self.device)
-        answer = logits[torch.arange(len(rows), device=self.device), last].float()
+        # The answer follows a question's last token.
+        last = (length - 1).to(self.device)
+        answer = logits[torch.arange(len(questions), device=self.device), last].float()
         return torch.sigmoid(answer[:, self.yes] - answer[:, self.no])
 
     def _answer(self, word: str) -> int:

@@ -59,14 +59,15 @@ def plain_hps(scorer: HPSReward, images: Tensor, prompts: Sequence[Prompt]) -> l
 
 @torch.no_grad()
 def plain_git(scorer: GITReward, images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """Mean probabilities of yes, one an image; a forward pass for each question."""
+    """Mean probabilities of yes, one an image; a pass of encoder and model for each question."""
     found = []
     for image, prompt in pairs(images, prompts):
         pixels, answers = seen(image, scorer.pixels, scorer.device, scorer.dtype), []
         for question in questions(read_mentions(prompt))[0]:
             words = scorer.tokenizer(question, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([[scorer.tokenizer.cls_token_id, *words]], device=scorer.device)
-            logits = scorer.model(pixel_values=pixels, input_ids=ids).logits[0, -1].float()
+            looked_at = scorer.encoder(pixels).last_hidden_state.unsqueeze(1)
+            logits = scorer.model(pixel_values=looked_at, input_ids=ids).logits[0, -1].float()
             answers.append(torch.softmax(logits[[scorer.yes, scorer.no]], dim=0)[0].item())
         found.append(sum(answers) / len(answers))
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stage.benchmarks.provenance import command, git_state, versions
+from stage.benchmarks.provenance import command, versions
 from stage.benchmarks.results import interval_text, print_scores, write_results
 
 
@@ -51,17 +51,3 @@ def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("sys.argv", ["evaluate.py", "splits=[heldout]", "prompt=a 'red' ring"])
     words = subprocess.run(["sh", "-c", f"printf '%s\\n' {command()}"], capture_output=True, text=True).stdout
     assert words.splitlines()[1:] == ["evaluate.py", "splits=[heldout]", "prompt=a 'red' ring"]
-
-
-def test_git_state(tmp_path: Path) -> None:
-    assert git_state(tmp_path) is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    assert git_state(tmp_path) is None  # no commit yet
-    (tmp_path / "file").write_text("one")
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "--quiet", "-m", "one"], check=True)
-    state = git_state(tmp_path)
-    assert state is not None and len(state["commit"]) == 40 and state["changed"] is False
-    (tmp_path / "file").write_text("two")
-    assert git_state(tmp_path) == {**state, "changed": True}

@@ -149,3 +149,12 @@ def test_provenance_has_every_file(folder: Path) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"} <= set(
         found["sha256"]
     )
+
+
+def test_the_encoder_sees_each_picture_once(folder: Path) -> None:
+    scorer = GITReward(path=str(folder), **SETTINGS)
+    seen: list[int] = []
+    scorer.encoder.register_forward_hook(lambda module, given, found: seen.append(len(given[0])))
+    scorer(pictures(5, 2, 32, 32), PROMPTS)
+    # COLORS asks two questions of each of its two pictures, NOUNS and GENEVAL one each; 6 pictures in batches of 4.
+    assert seen == [4, 2]
