@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -60,3 +61,7 @@ class PromptScores(Metric):
                 f"{twice} have several, {odd} are not finite. Nothing was averaged; score the images again"
             )
         return self.values
+
+    def table(self) -> np.ndarray:
+        """What `compute` gives, `[P, G]` always: torchmetrics makes a scalar of a single value."""
+        return self.compute().reshape(self.seen.shape).numpy()

@@ -74,4 +74,4 @@ def _values(judged: Sequence[Judged], benchmark: Benchmark, split: str, part: st
         [item.sample for item in judged],
         [item.verdict.parts[part] for item in judged],
     )
-    return scores.compute().numpy()
+    return scores.table()

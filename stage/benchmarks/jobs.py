@@ -147,6 +147,7 @@ def draw_all(
             spent[item.role] = draw_missing(
                 item, folders, sampler, batch_size=batch_size, console=console, share=share
             )
+        sampler.release()  # keys, values and the model that they are of: the next one and the scorers need the room
     return timing
 
 

@@ -103,10 +103,15 @@ def share_of(environment: Mapping[str, str] = os.environ) -> Share:
 
 
 def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`cuda:N` for `auto` or `cuda` on process N of this machine, where several run and have a GPU each."""
+    """`cuda:N` for `auto` or `cuda` on process N of this machine, where several run and have a GPU each.
+
+    That GPU is also what a scorer on `cuda` then runs on.
+    """
     import torch
 
     local = environment.get("LOCAL_RANK")
     if local is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
-    return f"cuda:{int(local) % torch.cuda.device_count()}"
+    index = int(local) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"

@@ -151,7 +151,7 @@ def _means(lines: Mapping[Key, Mapping[str, Any]], part: str, name: str) -> np.n
         [sample for _, sample in lines],
         [line["parts"][part] for line in lines.values()],
     )
-    return scores.compute().mean(dim=1).numpy()
+    return scores.table().mean(axis=1)
 
 
 def _bootstrap(evaluation: Evaluation) -> Bootstrap:

@@ -19,6 +19,12 @@ def test_values_stand_where_they_belong_in_whatever_order_they_come() -> None:
     assert scores.compute().tolist() == [[1.0, 0.5], [0.25, 0.125]]
 
 
+def test_one_image_is_a_table_too() -> None:
+    scores = PromptScores(1, 1, "strict")
+    scores.update([0], [0], [0.5])
+    assert scores.table().tolist() == [[0.5]]
+
+
 def test_states_of_two_processes_add_up_to_those_of_one() -> None:
     """As torchmetrics gathers them: both states are sums."""
     halves = [PromptScores(2, 1, "strict") for _ in range(2)]

@@ -19,6 +19,7 @@ from stage.benchmarks.generate import draw
 from stage.benchmarks.images import ImageFolder, Planned
 from stage.benchmarks.intervals import Bootstrap
 from stage.benchmarks.judging import Judging
+from stage.benchmarks.share import Share
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
 from stage.types import PromptTokens, Samples
@@ -112,6 +113,35 @@ def test_prompts_are_padded_alike_whatever_is_missing(
     draw(policy, measured, folder(tmp_path), batch_size=64, drawn=lambda count: None)  # type: ignore[arg-type]
     assert widths == [policy.tokenize([prompt.text for prompt in prompts()]).ids.shape[1]]
     assert widths[0] > policy.tokenize([prompts()[0].text]).ids.shape[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_batches_of_a_split_have_one_shape_whoever_draws_them(
+    policy: JanusPolicy, tmp_path: Path, processes: int
+) -> None:
+    """Three prompts of two images in batches of four: the last batch of each process is filled with another prompt."""
+    shapes, sampler = [], Sampler(2.0, 1.0)
+
+    def measured(policy: JanusPolicy, prompt: PromptTokens, uniforms: torch.Tensor) -> Any:
+        different = len(torch.cat([prompt.ids, prompt.mask], 1).unique(dim=0))
+        shapes.append((*prompt.ids.shape, *uniforms.shape[:2], different))
+        return sampler(policy, prompt, uniforms)
+
+    stand_in: Any = measured
+    made = [
+        draw(
+            policy,
+            stand_in,
+            folder(tmp_path, 2),
+            batch_size=4,
+            drawn=lambda n: None,
+            share=Share(rank, processes),
+        )
+        for rank in range(processes)
+    ]
+    width = policy.tokenize([prompt.text for prompt in prompts()]).ids.shape[1]
+    assert shapes == [(2, width, 2, 2, 2)] * 2 and sum(made) == 6
+    assert digests(tmp_path) == draw_all(policy, tmp_path / "whole", 64, images=2)
 
 
 def test_a_kill_between_batches_loses_nothing_that_was_drawn(policy: JanusPolicy, tmp_path: Path) -> None:
