@@ -2,8 +2,8 @@
 
 Hydra's sweeper chooses the jobs and its launcher where they run (conf/hydra/): one after the other, several at once
 with joblib, on SLURM with submitit. What they call is `job`, which starts `python train.py` with the overrides of that
-job. So a crash ends that job alone, memory of the device is given back, and Lightning's launchers, which start a
-program again for each of their processes, start a single run and never the sweep.
+job, under torchrun where the strategy wants several processes. So a crash ends that job alone, memory of the device is
+given back, and whatever starts a program again for each of its processes starts a single run and never the sweep.
 
 The folder of a job is named after its overrides and lies in `hydra.sweep.dir`, so the same sweep finds what it did
 before. A run is complete when its last checkpoint has the configuration of the job and all its updates; one that was
@@ -32,7 +32,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from stage import launch
+from stage import launch, processes
 
 RECORD, LOG, LOCK = "job.json", "job.log", ".lock"
 DONE, THERE, DIED = "done", "there already", "died"
@@ -51,6 +51,7 @@ class Task(NamedTuple):
     flags: Sequence[str]
     alone: bool
     sought: bool
+    strategy: str
 
     @classmethod
     def of(cls, config: DictConfig) -> Task:
@@ -64,6 +65,7 @@ class Task(NamedTuple):
             flags=[word for path in own for word in ("--config-dir", path)],
             alone=hydra.runtime.choices["hydra/launcher"] == "basic",
             sought=hydra.runtime.choices["hydra/sweeper"] != "basic",
+            strategy=hydra.runtime.choices["strategy"],
         )
 
     @property
@@ -90,7 +92,7 @@ def job(config: DictConfig, script: Path) -> float:
     trial; Hydra's own would tell of the first error alone.
     """
     task, started = Task.of(config), time.time()
-    if _rank() > 0:  # SLURM starts all processes of a run; the first keeps the books
+    if processes.started().rank > 0:  # SLURM starts all processes of a run; the first keeps the books
         return _run(command(task, script), task, log=None) and math.nan
     try:
         with locked(task.folder):
@@ -121,10 +123,6 @@ def job(config: DictConfig, script: Path) -> float:
     return score
 
 
-def _rank() -> int:
-    return int(os.environ.get("SLURM_PROCID", "0"))
-
-
 def remaining(task: Task) -> str | None:
     """What is left of a job: None where it is complete, the checkpoint it goes on from, or "" for all of it.
 
@@ -151,8 +149,24 @@ def remaining(task: Task) -> str | None:
 
 def command(task: Task, script: Path, resume: str = "") -> list[str]:
     """The command line of a job on its own."""
-    words = [sys.executable, str(script), *task.flags, *task.overrides, f"output={quoted(str(task.folder))}"]
+    words = [*starter(task), str(script), *task.flags, *task.overrides, f"output={quoted(str(task.folder))}"]
     return [*words, f"resume={quoted(resume)}"] if resume else words
+
+
+def starter(task: Task) -> list[str]:
+    """What starts the processes of a run: Python, or torchrun where the strategy wants several and SLURM has not.
+
+    Raises ValueError for such a strategy without their number.
+    """
+    devices = task.config.trainer.devices
+    if task.strategy == "single" or processes.started().world > 1:
+        return [sys.executable]
+    if not isinstance(devices, int) or devices < 2:
+        raise ValueError(
+            f"a sweep starts the processes of each run, got strategy={task.strategy} and trainer.devices={devices}; "
+            "set trainer.devices to their number, at least 2"
+        )
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
 
 
 def quoted(text: str) -> str:

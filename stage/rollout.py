@@ -325,8 +325,17 @@ def look_back(
 
 
 def comparison(objective: Any, reference: Any, seen: TokenScores | None) -> Comparison | None:
-    """What the policy's distributions are compared with, from what the reference saw; None where nothing asks."""
+    """What the policy's distributions are compared with, from what the reference saw; None where nothing asks.
+
+    Raises ValueError for a reference whose last layer lies in pieces.
+    """
     kind = getattr(objective, "compared", None)
     if kind is None or seen is None or seen.features is None:
         return None
-    return Comparison(kind, seen.features, *reference.last_layer())
+    weight, bias = reference.last_layer()
+    if hasattr(weight, "placements"):  # one of torch's DTensors
+        raise ValueError(
+            f"{type(kind).__name__} needs the reference's last layer in one piece, got one that is sharded; with "
+            "strategy=fsdp take algorithm/divergence=k1, k2 or k3"
+        )
+    return Comparison(kind, seen.features, weight, bias)

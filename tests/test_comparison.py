@@ -17,7 +17,7 @@ from stage.policy.reference import frozen_reference
 from stage.policy.sampler import Sampler
 from stage.policy.variation import Variation
 from stage.rollout import Collected, collect, comparison, score_tokens, scored_distribution
-from stage.types import Metrics
+from stage.types import Metrics, TokenScores
 from tests.tiny_training import (
     PROMPTS,
     Redness,
@@ -191,3 +191,18 @@ def test_plans_are_refused(base: Path) -> None:
         ValueError, match="whole distributions are compared for image tokens alone, got ReverseKL"
     ):
         tiny_module(base, sampler=planning, objective=whole("ReverseKL"))
+
+
+def test_a_last_layer_in_pieces_is_refused() -> None:
+    class Pieces:
+        """Its weight says where its parts lie, as torch's DTensors do."""
+
+        def last_layer(self) -> tuple[Any, None]:
+            weight: Any = torch.zeros(3, 2)
+            weight.placements = ()
+            return weight, None
+
+    seen = TokenScores(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), features=torch.zeros(1, 2, 3, 2))
+    with pytest.raises(ValueError, match="ForwardKL needs the reference's last layer in one piece"):
+        comparison(whole("ForwardKL"), Pieces(), seen)
+    assert comparison(objective(), Pieces(), seen) is None

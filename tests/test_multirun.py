@@ -104,7 +104,7 @@ def calls(folder: Path) -> list[dict[str, Any]]:
 def task(folder: Path, *overrides: str) -> multirun.Task:
     config = composed("train", *overrides)
     config.callbacks.checkpoints.folder = str(folder / "checkpoints")
-    return multirun.Task(folder, config, overrides, (), alone=True, sought=False)
+    return multirun.Task(folder, config, overrides, (), alone=True, sought=False, strategy="single")
 
 
 def save(found: multirun.Task, update: int, **changes: Any) -> Path:
@@ -160,6 +160,20 @@ def test_the_command_of_a_job_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert words[:4] == [sys.executable, "train.py", "seed=3", "algorithm.beta=0.1"] and "-m" not in words
     config = composed("train", *words[2:])
     assert config.output == str(found.folder) and config.resume == "last.ckpt"
+
+
+def test_a_strategy_of_several_processes_needs_their_number(tmp_path: Path) -> None:
+    found = task(tmp_path, "strategy=ddp", "trainer.devices=2")._replace(strategy="ddp")
+    assert multirun.starter(found)[1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+    ]
+    with pytest.raises(
+        ValueError, match=r"strategy=ddp and trainer.devices=1; set trainer.devices to their number"
+    ):
+        multirun.starter(task(tmp_path, "strategy=ddp")._replace(strategy="ddp"))
 
 
 def test_last_words(tmp_path: Path) -> None:
@@ -278,7 +292,7 @@ def test_a_signal_reaches_the_job_first(tmp_path: Path) -> None:
     )
     parent = (
         "import sys\nfrom pathlib import Path\nfrom stage import multirun\n"
-        "task = multirun.Task(Path('.').absolute(), None, (), (), True, False)\n"
+        "task = multirun.Task(Path('.').absolute(), None, (), (), True, False, 'single')\n"
         f"multirun._run([sys.executable, {str(child)!r}], task, Path('job.log'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -354,7 +368,7 @@ def test_processes_of_a_strategy_do_not_multiply_the_sweep(program: Program, tmp
             "hydra.sweep.dir=sweep",
             "callbacks.validation=null",
         ),
-        *("callbacks.images=null", "callbacks.checkpoints.monitor=reward/mean", "trainer.strategy=ddp"),
+        *("callbacks.images=null", "callbacks.checkpoints.monitor=reward/mean", "strategy=ddp"),
         *("trainer.devices=2", "trainer.accelerator=cpu"),
     )
     output, _ = process.communicate(timeout=300)
@@ -363,6 +377,7 @@ def test_processes_of_a_strategy_do_not_multiply_the_sweep(program: Program, tmp
     folders = sorted((tmp_path / "sweep").glob("*/metrics.csv"))
     assert [[row["update"] for row in read_metrics(file)] for file in folders] == [["1"], ["1"]]
     assert output.count("Launching 2 jobs") == 1
+    assert output.count("on 2 processes with a cpu each; writes to") == 2
 
 
 def test_a_run_does_not_write_over_another(tmp_path: Path) -> None:

@@ -203,8 +203,7 @@ class JanusPolicy(nn.Module):
     def prompt_rows(self, prompt: PromptTokens, guidance_scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings `[R, T, D]` and mask `[R, T]` of the prompt rows.
 
-        R is P at guidance 1; above, or with a tensor, R is 2P with the conditional rows first. A number below 1 raises
-        ValueError.
+        R is P at guidance 1; above, or with a tensor, 2P with the conditional rows first. Below 1 it raises ValueError.
         """
         varied = isinstance(guidance_scale, Tensor)
         if not varied and not guidance_scale >= 1:
@@ -222,9 +221,8 @@ class JanusPolicy(nn.Module):
     def head_features(self, hidden: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """Input of the last image head layer, guided: `[R, ..., D]` to `[R, ..., D]`, or `[R/2, ..., D]` above 1.
 
-        A tensor has the scale of each of the R/2 rows. Guidance is u + s (c - u) of conditional and unconditional
-        logits. The last layer is affine, and the weights s and 1 - s add to one, so guiding its input gives the same
-        logits for half the work.
+        A tensor is a scale a row. Guidance is u + s (c - u) of conditional and unconditional logits. The last layer is
+        affine, and the weights s and 1 - s add to one, so guiding its input gives the same logits for half the work.
         """
         head = self.model.model.generation_head
         features = head.activation_fn(head.proj_out(hidden))
@@ -281,10 +279,8 @@ class JanusPolicy(nn.Module):
             )
         if plans is not None:
             prompt = self.with_plans(prompt, plans)
-        if isinstance(guidance_scale, Tensor):
-            guidance_scale = guidance_scale.flatten()
-        if isinstance(temperature, Tensor):
-            temperature = temperature.reshape(-1, 1)
+        guidance_scale = guidance_scale.flatten() if isinstance(guidance_scale, Tensor) else guidance_scale
+        temperature = temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
         hidden = self._hidden_states(prompt, tokens.flatten(0, 1), guidance_scale)
         layer = self.last_layer()
         features = self.head_features(hidden[:, -length:], guidance_scale)
