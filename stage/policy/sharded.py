@@ -38,7 +38,7 @@ def shard(policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool) -
 
     Args:
         dtype: that is computed in.
-        offload: keep the slices in CPU memory, with the optimizer's step there.
+        offload: keep the slices of a GPU in CPU memory, with the optimizer's step there.
     """
     wide = torch.promote_types(dtype, torch.float32)
     layers = policy.language_model.layers
@@ -47,7 +47,7 @@ def shard(policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool) -
     settings: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type == "cuda" else OffloadPolicy(),
     }
     trained = any(parameter.requires_grad for parameter in policy.parameters())
     for layer in layers:
