@@ -12,8 +12,14 @@ from omegaconf import DictConfig
 from stage import launch
 
 
+def main() -> None:
+    """The program, on the command line as it was typed."""
+    sys.argv[1:] = launch.several(sys.argv[1:], "benchmark")
+    composed()
+
+
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
-def main(config: DictConfig) -> None:
+def composed(config: DictConfig) -> None:
     with launch.mistakes_in_one_line():
         try:
             evaluate(config)

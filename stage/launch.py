@@ -77,6 +77,16 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 OmegaConf.register_new_resolver("processes", processes.processes, replace=True)
 
 
+def several(arguments: Sequence[str], group: str) -> list[str]:
+    """The command line with `group=[a,b]` as `groups=[a,b]`: several options, each composed by itself.
+
+    Hydra would compose them into one node, and refuses two that choose the same inner group.
+    """
+    return [
+        f"{group}s={item.partition('=')[2]}" if item.startswith(f"{group}=[") else item for item in arguments
+    ]
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call a function made by `hydra.main`; a mistake on its command line is one line and exit status 1 too."""
     before = {name: os.environ.get(name) for name in (FULL_ERROR, ONE_LINE)}

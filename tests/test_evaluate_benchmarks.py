@@ -124,7 +124,9 @@ def test_drawn_here_and_scored_there(
     assert isinstance(code, str) and "is not complete: 1 missing" in code
 
 
-@pytest.mark.parametrize("name", ["geneval", "ocr", "drawbench", "hpsv2", "imagereward"])
+@pytest.mark.parametrize(
+    "name", ["geneval", "ocr", "drawbench", "hpsv2", "imagereward", "t2i_compbench", "diversity", "drift"]
+)
 def test_a_benchmark_without_its_list_says_how_to_get_it(name: str) -> None:
     from hydra.utils import instantiate
 
@@ -132,6 +134,22 @@ def test_a_benchmark_without_its_list_says_how_to_get_it(name: str) -> None:
     with pytest.raises(Exception) as error:
         instantiate(config.benchmark.splits)
     assert "python -m stage.benchmarks.fetch" in str(launch.explain(error.value))
+
+
+def test_benchmarks_of_the_project_that_choose_a_scorer_each(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GenEval and OCR at once, drawn only: each names its own reward, which one composition could not hold."""
+    data = world.root / "data"
+    for name, file in (("geneval", "evaluation_metadata.jsonl"), ("ocr", "test.txt")):
+        (data / name).mkdir(parents=True)
+        line = (world.root / "heldout.jsonl").read_text() if name == "geneval" else 'a sign "two"\n'
+        (data / name / file).write_text(line)
+    plain = [item for item in world.evaluation if not item.startswith("benchmark=")]
+    arguments = [*plain, "benchmark=[geneval,ocr]", f"datasets={data}", "score=false", "output=out"]
+    assert run_command(evaluate.main, arguments, monkeypatch) is None
+    drawn = {name: len(list((world.root / "out" / name).rglob("*.png"))) for name in ("geneval", "ocr")}
+    assert drawn == {"geneval": 2 * 4, "ocr": 1}
 
 
 def test_what_training_costs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

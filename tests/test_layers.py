@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.weights", "stage.batches", "stage.ranks"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
-    ("stage.subject", "stage.memory", "stage.drawn"),
+    ("stage.subject", "stage.memory", "stage.drawn", "stage.fingerprints"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
     (
         "stage.group_draws",
@@ -111,10 +111,11 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "compare scores",
         "overview",
         "ablation",
+        "picture",
         "ablation_page",
         "__main__",
     ),
-    "stage.pack": ("plan", "pool archive", "__main__"),
+    "stage.pack": ("plan", "pool thin", "archive", "__main__"),
     "stage.speed": (
         "models machine scorers plain_scores",
         "rollout rewards evaluation",

@@ -46,20 +46,16 @@ class Job:
 
 
 def configurations(config: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
-    """One configuration a benchmark: each of `benchmark=[a,b]`, or of a list such as `benchmark=paper`, alone.
+    """One configuration a benchmark: each of `benchmarks=[a,b]`, or of a list such as `benchmark=paper`, alone.
 
     Args:
         config: as composed for the command.
         overrides: the command line; what it says of `benchmark...` beside the choice holds for each of them.
     """
-    chosen = [item for item in overrides if item.startswith(f"{GROUP}=")]
-    value = chosen[-1].partition("=")[2] if chosen else ""
-    names = OmegaConf.select(config, f"{GROUP}.benchmarks")
-    if value.startswith("["):
-        names = [name.strip(" '\"") for name in value.strip("[]").split(",")]
+    names = config.benchmarks or OmegaConf.select(config, f"{GROUP}.benchmarks")
     if names is None:
         return [config]
-    rest = [item for item in overrides if item not in chosen]
+    rest = [item for item in overrides if not item.startswith((f"{GROUP}=", "benchmarks="))]
     return [compose("evaluate", [*rest, f"{GROUP}={name}"]) for name in dict.fromkeys(names)]
 
 

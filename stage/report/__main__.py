@@ -83,11 +83,21 @@ def ablation(arguments: Sequence[str]) -> Path:
     parser.add_argument(
         "--baseline", help="label of the variant to compare with; plain GRPO if it is not said"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="the whole in one picture, for a README"
+    )
+    parser.add_argument(
+        "--scores",
+        nargs="+",
+        default=[],
+        metavar="TITLE",
+        help="beginnings of the titles of up to three tables for the picture",
+    )
     parsed = parser.parse_args(arguments)
 
     from stage.report.ablation_page import write_ablation
 
-    return write_ablation(parsed.runs, parsed.output, parsed.baseline)
+    return write_ablation(parsed.runs, parsed.output, parsed.baseline, parsed.picture, parsed.scores)
 
 
 if __name__ == "__main__":

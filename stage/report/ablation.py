@@ -19,7 +19,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A variant in the table of one score.
+    """A variant in the table of one score, and its values by seed.
 
     `over` is the label of the variant that `difference` is to; `p` is Student's paired two-sided p, and `adjusted` the
     same corrected by Holm for all differences of the table.
@@ -27,6 +27,7 @@ class ScoreRow:
 
     label: str
     seeds: tuple[int, ...]
+    values: tuple[float, ...]
     cell: Cell
     to_base: Cell | None
     over: str | None
@@ -88,6 +89,7 @@ def score_table(score: Score, variants: Sequence[Variant]) -> ScoreTable:
         ScoreRow(
             label=variant.label,
             seeds=tuple(score.values[variant.label]),
+            values=tuple(score.values[variant.label].values()),
             cell=over_seeds(list(score.values[variant.label].values()), False, score.digits),
             to_base=_to_base(score, variant.label),
             over=None if other is None or difference is None else other.label,
@@ -120,7 +122,9 @@ def numbers(found: Ablation) -> dict[str, Any]:
                 "rows": [
                     {
                         "variant": row.label,
-                        "seeds": list(row.seeds),
+                        "values": {
+                            str(seed): value for seed, value in zip(row.seeds, row.values, strict=True)
+                        },
                         "mean": _interval(row.cell),
                         "over_base": _interval(row.to_base),
                         "over": row.over,

@@ -15,6 +15,7 @@ from stage.report.curves import COLORS, Line, interval_panel
 from stage.report.gallery import data_uri
 from stage.report.overview import published
 from stage.report.page import HTML, MARKDOWN, render
+from stage.report.picture import CURVES, ablation_picture
 from stage.report.tables import Cell, markdown
 from stage.report.variants import Variant
 
@@ -31,14 +32,28 @@ PANELS = (  # title, unit, column of metrics.csv
 )
 
 
-def write_ablation(sources: Sequence[str], output: Path, baseline: str | None) -> Path:
+def write_ablation(
+    sources: Sequence[str],
+    output: Path,
+    baseline: str | None,
+    picture: Path | None = None,
+    scores: Sequence[str] = (),
+) -> Path:
     """Write report.html, report.md and report.json about the runs of `sources` into `output`; return the page's path.
 
     Args:
         sources: as in `stage.report.sources`.
         baseline: label of the variant that the others are compared with; None takes plain GRPO.
+        picture: file of the whole in one picture; None writes none.
+        scores: beginnings of the titles of at most three tables for the picture; none takes the first three.
     """
     found = ablate(sources, baseline)
+    if picture is not None:
+        drawn = [curve_lines(found.variants, column) for _, _, column in CURVES]
+        titles = scores or [table.title for table in found.tables if table.main]
+        figure = ablation_picture(found, drawn, titles[:3])
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture, dpi=120)
     page = render(
         "ablation.html.j2",
         title=title(found.variants),

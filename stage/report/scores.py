@@ -16,6 +16,7 @@ from stage.report.variants import Finding, Variant
 
 VALIDATION = ("validation/strict", "validation/reward")  # the first that was logged
 TAIL = 10  # a trajectory ends with the mean of its last tenth
+DRIFT = "drift"  # a benchmark whose scores are neither good nor bad
 FINAL = "last"  # the checkpoint that stands at the end of a run
 
 
@@ -53,6 +54,7 @@ def evaluated_scores(variants: Sequence[Variant]) -> tuple[list[Score], list[Fin
     values: dict[_Key, dict[str, dict[int, float]]] = {}
     base: dict[_Key, dict[str, dict[int, float]]] = {}
     main: dict[_Key, bool] = {}
+    good: dict[_Key, bool] = {}
     for variant in variants:
         for seed, run in variant.runs.items():
             for place, evaluation in run.evaluations.items():
@@ -64,15 +66,19 @@ def evaluated_scores(variants: Sequence[Variant]) -> tuple[list[Score], list[Fin
                     for part, tasks in parts.items():
                         key = _Key(*place, split, part)
                         main[key] = part in wanted and place[0] == FINAL
+                        good[key] = key.benchmark != DRIFT
                         row = tasks["overall"]
                         final = row.get("tuned") or next(iter(row.values()))
                         values.setdefault(key, {}).setdefault(variant.label, {})[seed] = final["mean"]
                         if "tuned" in row:
                             base.setdefault(key, {}).setdefault(variant.label, {})[seed] = row["base"]["mean"]
     several = len({key.benchmark for key in values}) > 1
-    order = sorted(values, key=lambda key: not main[key])  # stable: splits stay in the order of the file
+    order = sorted(
+        values, key=lambda key: (not main[key], not good[key])
+    )  # stable: splits stay as in the file
     return [
-        Score(_title(key), _short(key, several), values[key], base.get(key, {}), main[key]) for key in order
+        Score(_title(key), _short(key, several), values[key], base.get(key, {}), main[key], good=good[key])
+        for key in order
     ], findings
 
 
@@ -111,20 +117,34 @@ def training_scores(variants: Sequence[Variant]) -> list[Score]:
 
 
 def _spread_score(variants: Sequence[Variant]) -> Score:
-    """How far the last pictures of a prompt lie apart, and the first: what a policy that draws one picture loses."""
+    """How far the last pictures of a prompt lie apart, and the first: what a policy that draws one picture loses.
+
+    The first are the same in all runs from one base, so a run without them takes those of another.
+    """
     ends = _score(
         variants, "spread of the images of a prompt, RMS of pixels in [0, 1]", "spread", _end_spread
     )
-    starts = _score(variants, "", "", _start_spread)
-    return replace(ends, base=starts.values, good=False)
+    runs = [run for variant in variants for run in variant.runs.values()]
+    starts: dict[str, float] = {}
+    for run in runs:
+        if _beginning(run) not in starts and (found := grid_spread(run, 0)) is not None:
+            starts[_beginning(run)] = found
+    base = _score(variants, "", "", lambda run: starts.get(_beginning(run)))
+    return replace(ends, base=base.values, good=False)
 
 
 def _end_spread(run: Run) -> float | None:
-    return grid_spread(run, max(run.grids, default=-1))
+    return grid_spread(run, max(run.grids, default=0)) if max(run.grids, default=0) else None
 
 
-def _start_spread(run: Run) -> float | None:
-    return grid_spread(run, 0)
+def _beginning(run: Run) -> str:
+    """What the pictures before training depend on."""
+    images = {
+        k: v for k, v in ((run.config.get("callbacks") or {}).get("images") or {}).items() if k != "folder"
+    }
+    return json.dumps(
+        [images, run.config.get("model"), run.config.get("sampler")], sort_keys=True, default=str
+    )
 
 
 def cost_scores(variants: Sequence[Variant]) -> list[Score]:

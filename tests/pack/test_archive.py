@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from stage.pack.archive import MEBIBYTE, check, pack, unpack
+from stage.pack.archive import MEBIBYTE, check, pack, pack_thin, unpack
 from stage.pack.plan import PackedRun
+from stage.report.ablation import ablate
 from stage.training_checkpoint import read_training_checkpoint
 from tests.pack.programs import write_checkpoint
 
@@ -106,3 +109,62 @@ def test_what_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "x.tar.gz").write_bytes(b"half")
     with pytest.raises(ValueError, match="damaged"):
         unpack(tmp_path / "x.tar.gz", tmp_path / "b")
+
+
+def thin_run(root: Path) -> PackedRun:
+    """A run whose files name the folder it lies in, and whose metrics have more columns than reports read."""
+    run = run_of(root, "stage", 1)
+    settings = {"seed": 1, "output": str(run.folder), "trainer": {"default_root_dir": str(run.folder)}}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run.folder / "metrics.csv").write_text(
+        "update,policy/kl,policy/ratio_max,validation/strict\n0,,,0.5\n1,0.123456789,1,\n2,1e-9,1,0.75\n"
+    )
+    (run.folder / "packed.json").write_text(json.dumps({"overrides": ["a=1"]}))
+    for name in ("last", "last/drift"):
+        model = {"path": str(run.folder / "checkpoints"), "sha256": "ab", "update": 2, "model": {"path": "x"}}
+        found = {
+            "models": {"tuned": model},
+            "scores": {"test": 1},
+            "images": [{"file": "a.png"}],
+            "command": "x",
+        }
+        (run.folder / "evaluation" / name / "results.json").write_text(json.dumps(found))
+    return run
+
+
+def test_a_thin_archive_names_no_place_and_no_single_image(tmp_path: Path) -> None:
+    run = thin_run(tmp_path / "a")
+    file = pack_thin([run], tmp_path / "x.tar.gz")
+    first = file.read_bytes()
+    assert pack_thin([run], tmp_path / "x.tar.gz").read_bytes() == first
+    unpack(file, tmp_path / "b")
+    there = tmp_path / "b" / "stage" / "seed_1"
+    for path in (path for path in there.rglob("*") if path.is_file()):
+        assert str(tmp_path) not in path.read_text()
+    assert (there / "metrics.csv").read_text() == (
+        "update,validation/strict,policy/kl\n0,0.5,\n1,,0.123457\n2,0.75,1e-09\n"
+    )
+    settings = yaml.safe_load((there / "config.yaml").read_text())
+    assert settings == {"seed": 1, "output": "stage/seed_1", "trainer": {"default_root_dir": "stage/seed_1"}}
+    results = json.loads((there / "evaluation" / "last" / "drift" / "results.json").read_text())
+    assert results["models"] == {"tuned": {"sha256": "ab", "update": 2}} and results["scores"] == {"test": 1}
+    assert results["images"] == [] and "command" not in results
+
+
+def test_the_archive_of_the_first_result_is_whole(root: Path, tmp_path: Path) -> None:
+    """40 runs that an ablation reads without a finding, and whose numbers are those of the JSON beside them."""
+    results = root / "experiments" / "results"
+    unpack(results / "first_result.tar.gz", tmp_path)
+    found = ablate([str(path) for path in sorted(tmp_path.glob("*/seed_*"))], None)
+    assert not found.findings and sum(len(variant.runs) for variant in found.variants) == 40
+    kept = json.loads((results / "first_result.json").read_text())["scores"]
+    stated = {
+        score["title"]: {row["variant"]: row["mean"]["mean"] for row in score["rows"]} for score in kept
+    }
+    for table in found.tables:
+        for row in table.rows:
+            assert row.cell.mean == pytest.approx(stated[table.title][row.label], abs=1e-6)
+    text = (results / "first_result.md").read_text()
+    table = next(table for table in found.tables if table.title == "shapes, validation: strict")
+    for row in table.rows:
+        assert f"| {row.label} | 5 | {row.cell.text} ({row.cell.interval}) |" in text

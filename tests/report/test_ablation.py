@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from stage.report.ablation import ablate
 from stage.report.ablation_page import write_ablation
 from stage.report.overview import paper_score
+from stage.report.picture import COLORS
 from stage.report.read import read_run
 from stage.report.sources import read_sources
 from stage.report.statistics import paired
@@ -253,3 +256,15 @@ def test_the_page_is_self_contained_and_hostile_names_stay_text(tmp_path: Path) 
     assert numbers["findings"][0]["kind"] == "missing seeds"
     (row,) = [r for r in numbers["scores"][0]["rows"] if r["variant"] == "grpo"]
     assert row["mean"]["mean"] == pytest.approx(0.52) and row["p"] is None
+
+
+def test_the_whole_in_one_picture(tmp_path: Path) -> None:
+    sources = grid(tmp_path)
+    write_ablation(sources, tmp_path / "out", None, tmp_path / "one" / "picture.png", ["shapes, heldout"])
+    with Image.open(tmp_path / "one" / "picture.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for color in COLORS[:2]:  # both variants are in it
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(pixels.astype(int) - rgb).sum(axis=1) < 6).sum() > 100
+    with pytest.raises(ValueError, match="no score begins with 'clip'; there are shapes, validation: strict"):
+        write_ablation(sources, tmp_path / "out", None, tmp_path / "picture.png", ["clip"])
