@@ -64,7 +64,7 @@ def train(prepared: launch.Prepared) -> None:
     log_code(parts["logger"], code_record(Path(__file__).parent), launch.updates_before(config.resume))
     trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
     launch.say(trainer, launch.first_line(prepared, module, trainer.strategy.root_device))
-    announce(module, trainer.strategy.root_device, say=partial(launch.say, trainer))
+    announce(module, trainer.strategy, say=partial(launch.say, trainer))
     try:
         launch.fit(trainer, module, config.resume)
     finally:

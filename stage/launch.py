@@ -175,6 +175,7 @@ def prepare(config: DictConfig) -> Prepared:
     check(found.config)
     check_folder(config)
     processes.check_strategy(found.choices["strategy"], found.config.trainer.devices)
+    check_division(found.config)
     return found._replace(overrides=[item for item in found.overrides if key(item) not in OF_THE_COMMAND])
 
 
@@ -204,6 +205,15 @@ def check_folder(config: DictConfig) -> None:
             f"{short(last.parent.parent)} holds a run already: two runs would have one name. Go on with it by "
             f"resume={short(last)}, or choose another output"
         )
+
+
+def check_division(config: DictConfig) -> None:
+    """Raise ValueError where the samples of an update cannot be dealt out to the processes."""
+    from stage.ranks import divide
+
+    found = processes.started()
+    if found.world > 1 and "prompts_per_update" in config.data:
+        divide(found.rank, found.world, config.data.prompts_per_update, config.group_size)
 
 
 def resumed(path: str, overrides: Sequence[str], *, say: bool) -> Prepared:

@@ -29,7 +29,7 @@ from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
-from stage.optimizer import state_bytes
+from stage.optimizer import explained_settings, state_bytes
 from stage.policy import drawing
 from stage.policy.gathered import Gathered, check_sharded
 from stage.policy.reference import frozen_reference, place_reference
@@ -50,8 +50,10 @@ from stage.strategy import Sharded, check_processes, connected, move
 from stage.training_checkpoint import (
     check_base,
     check_names,
+    from_text,
     random_states,
     restore_random_states,
+    to_text,
     trained_names,
 )
 from stage.types import Metrics, Prompt, Rollout, Scorer, TokenScores
@@ -364,6 +366,8 @@ class StageModule(LightningModule):
         # Those of now hold what an update that failed has drawn.
         random = random_states() if self._whole is None or not self.trainer.interrupted else self._whole
         checkpoint |= {"update": self.update, "base": self.base, "random": random}
+        if self.ranks.world > 1:
+            checkpoint["processes"] = [from_text(text) for text in self.ranks.exchange(to_text(random))]
         checkpoint |= {"config": self.config, "overrides": self.overrides, "reward": self.reward_record}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -373,19 +377,13 @@ class StageModule(LightningModule):
         """
         check_base(checkpoint, self.base)
         check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
-        self.update, self._random = checkpoint["update"], checkpoint["random"]
+        everyone = checkpoint.get("processes", [])
+        same = len(everyone) == self.ranks.world
+        self.update = checkpoint["update"]
+        self._random = everyone[self.ranks.rank] if same else checkpoint["random"]
         files = changed_files(checkpoint.get("reward", self.reward_record), self.reward_record)
         if files and self.trainer.is_global_zero:
             print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
-
-
-@contextmanager
-def explained_settings() -> Iterator[None]:
-    """Turn what torch makes of a word where it wants a number into a ValueError."""
-    try:
-        yield
-    except TypeError as error:
-        raise ValueError(f"optimizer and scheduler must take their settings, and do not: {error}") from error
 
 
 def check_finite(value: Tensor, name: str, update: int) -> None:

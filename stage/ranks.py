@@ -67,6 +67,10 @@ class PeerError(ValueError):
     """What another process has failed with; its text says which one and why."""
 
 
+class LostPeer(OSError):
+    """Another process is dead or hangs."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Process `rank` of `world`.
@@ -93,6 +97,16 @@ class Ranks:
         """The texts of all processes, by rank. Every process must call it."""
         if self.world == 1:
             return [text]
+        try:
+            return self._exchange(text)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]
+            raise LostPeer(
+                f"every process must come to each exchange in time; one has died or let process {self.rank} wait: "
+                f"{reason}. Look at what the others said, and resume from the last checkpoint."
+            ) from error
+
+    def _exchange(self, text: str) -> list[str]:
         mine = (
             torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
         )

@@ -76,7 +76,7 @@ class Sharded(ModelParallelStrategy):
     def __init__(self, *, timeout_seconds: float, cpu_offload: bool, rollout: str) -> None:
         if rollout not in ROLLOUTS:
             raise ValueError(
-                f"strategy.rollout must be {' or '.join(ROLLOUTS)}; got {rollout!r}. Name one of them."
+                f"trainer.strategy.rollout must be {' or '.join(ROLLOUTS)}; got {rollout!r}. Name one of them."
             )
         super().__init__(save_distributed_checkpoint=False, timeout=limit(timeout_seconds))
         self.timeout_seconds, self.cpu_offload, self.rollout = timeout_seconds, cpu_offload, rollout
@@ -178,7 +178,9 @@ def idle(policy: nn.Module, planning: bool) -> bool:
 def limit(seconds: float) -> timedelta:
     """A time limit. Raises ValueError for none."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-        raise ValueError(f"strategy.timeout_seconds must be a positive number of seconds; got {seconds!r}")
+        raise ValueError(
+            f"trainer.strategy.timeout_seconds must be a positive number of seconds; got {seconds!r}"
+        )
     return timedelta(seconds=seconds)
 
 

@@ -32,9 +32,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory", "stage.drawn", "stage.fingerprints"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
-    ("stage.group_draws",),
+    (
+        "stage.group_draws",
+        "stage.strategy",
+        "stage.sharded_memory",
+    ),
     ("stage.rollout", "stage.report.*"),
-    ("stage.loggers", "stage.forecast", "stage.strategy", "stage.step_metrics", "stage.diagnostics.*"),
+    ("stage.loggers", "stage.forecast", "stage.step_metrics", "stage.diagnostics.*"),
     (
         "stage.module",
         "stage.callbacks",
@@ -117,7 +121,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "rollout rewards evaluation",
         "plain_step",
         "training",
-        "distributed",
+        "distributed memory",
         "__main__",
     ),
     "stage.shapes": (

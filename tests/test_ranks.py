@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stage.objective.metrics import is_maximum
-from stage.ranks import ALONE, PeerError, Ranks, connect, divide
+from stage.ranks import ALONE, LostPeer, PeerError, Ranks, connect, divide
 from tests.processes import run
 
 
@@ -115,7 +115,7 @@ def _wait() -> float:
         time.sleep(6)
         return 0.0
     begun = time.monotonic()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(LostPeer, match="one has died or let process 0 wait"):
         ranks.exchange("anyone?")
     return time.monotonic() - begun
 
