@@ -23,7 +23,7 @@ CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --python $(PY),$(PY) -m pip install) --constraint constraints.txt
-EXTRAS := geneval ocr lora serve launchers dev
+EXTRAS := geneval ocr lora serve dashboard launchers dev
 
 .DEFAULT_GOAL := help
 .PHONY: help install train evaluate test test-all lint format constraints env-mmdet clean

@@ -12,8 +12,14 @@ from omegaconf import DictConfig
 from stage import launch
 
 
+def main() -> None:
+    """The program, on the command line as it was typed."""
+    sys.argv[1:] = launch.several(sys.argv[1:], "benchmark")
+    composed()
+
+
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
-def main(config: DictConfig) -> None:
+def composed(config: DictConfig) -> None:
     with launch.mistakes_in_one_line():
         try:
             evaluate(config)
@@ -30,19 +36,21 @@ def evaluate(config: DictConfig) -> None:
     from rich.console import Console
 
     from stage.benchmarks import jobs as plan
-    from stage.benchmarks.scoring import score_job
-    from stage.benchmarks.share import local_device, share_of
+    from stage.benchmarks.scoring import judge, report_job
+    from stage.benchmarks.share import join, local_device
     from stage.report.page import write_report
     from stage.subject import choose_device, find_subjects
 
     launch.quiet_libraries()
-    share, overrides = share_of(), HydraConfig.get().overrides.task
+    overrides = HydraConfig.get().overrides.task
+    share = join(config.processes, config.device)
     console, device = Console(quiet=not share.first), choose_device(local_device(config.device))
     configs = plan.configurations(config, overrides)
     subjects = None if config.images is not None else find_subjects(config, overrides)
     bootstrap = instantiate(config.intervals)
     benchmarks = [plan.open_benchmark(each) for each in configs]
     # All folders are checked before the first image is drawn.
+    sampler = None
     if subjects is None:
         jobs = [plan.of_images(*pair) for pair in zip(configs, benchmarks, strict=True)]
         timing = plan.nothing_drawn(jobs)
@@ -50,15 +58,18 @@ def evaluate(config: DictConfig) -> None:
         sampler = instantiate(subjects.sampler)
         jobs = [plan.of_models(*pair, subjects, device) for pair in zip(configs, benchmarks, strict=True)]
         timing = plan.draw_all(jobs, sampler, batch_size=config.batch_size, console=console, share=share)
+    if not config.score:
+        if share.first:
+            share.wait(lambda: plan.missing(jobs), config.patience_seconds)
+            folders = ", ".join(launch.short(item.folder) for job in jobs for item in job.candidates)
+            print(f"images in {folders}; the same command without score=false scores them", flush=True)
+        return
+    judged = judge(jobs, console=console, share=share, patience_seconds=config.patience_seconds)
     if not share.first:
         return
     share.wait(lambda: plan.missing(jobs), config.patience_seconds)
-    if not config.score:
-        folders = ", ".join(launch.short(item.folder) for job in jobs for item in job.candidates)
-        print(f"images in {folders}; the same command without score=false scores them", flush=True)
-        return
-    for job, spent in zip(jobs, timing, strict=True):
-        results = score_job(job, subjects, spent, bootstrap, Path(__file__).parent, console)
+    for job, found, spent in zip(jobs, judged, timing, strict=True):
+        results = report_job(job, found, subjects, sampler, spent, bootstrap, Path(__file__).parent, console)
         report = write_report(job.output)
         print(f"results in {launch.short(results)}, page in {launch.short(report)}", flush=True)
 

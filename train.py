@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from stage import launch
+from stage import launch, multirun
 from stage.worlds import with_world
 
 launch.register_experiments(Path(__file__).parent / "experiments")
@@ -62,8 +63,8 @@ def train(prepared: launch.Prepared) -> None:
     log_reward(parts["logger"], module.reward_record)
     log_code(parts["logger"], code_record(Path(__file__).parent), launch.updates_before(config.resume))
     trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
-    print(launch.first_line(prepared, module, trainer.strategy.root_device), flush=True)
-    announce(module, trainer.strategy.root_device)
+    launch.say(trainer, launch.first_line(prepared, module, trainer.strategy.root_device))
+    announce(module, trainer.strategy, say=partial(launch.say, trainer))
     try:
         launch.fit(trainer, module, config.resume)
     finally:
@@ -71,9 +72,12 @@ def train(prepared: launch.Prepared) -> None:
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    if multirun.sweeping():
+        return multirun.job(config, Path(__file__).resolve())
     with launch.mistakes_in_one_line():
         train(launch.prepare(config))
+    return None
 
 
 if __name__ == "__main__":

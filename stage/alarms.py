@@ -132,6 +132,9 @@ class UnusableRewards(Callback):
     def __init__(self, *, folder: str, most: int) -> None:
         self.folder, self.most = Path(folder), most
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         if not isinstance(exception, UnusableScores):
             return

@@ -5,6 +5,7 @@ Every callback counts in updates (`pl_module.update`, rollouts done), never in L
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -62,22 +63,25 @@ def apart(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw_images(trainer: Trainer, module: Any, prompts: Sequence[Prompt], samples: int, seed: int) -> Tensor:
-    """uint8 images `[P, samples, H, W, 3]` of the present policy, with noise that is the same at every
-    update.
+def draw_images(
+    trainer: Trainer, module: Any, policy: Any, prompts: Sequence[Prompt], samples: int, seed: int
+) -> Tensor:
+    """uint8 images `[P, samples, H, W, 3]` of the policy, with noise that is the same at every update.
+
+    `policy` is what `module.drawing` gives.
     """
-    return draw_planned(trainer, module, prompts, samples, seed)[0]
+    return draw_planned(trainer, module, policy, prompts, samples, seed)[0]
 
 
 @torch.no_grad()
 def draw_planned(
-    trainer: Trainer, module: Any, prompts: Sequence[Prompt], samples: int, seed: int
+    trainer: Trainer, module: Any, policy: Any, prompts: Sequence[Prompt], samples: int, seed: int
 ) -> tuple[Tensor, list[list[str]] | None]:
     """The images of `draw_images`, and with reasoning the plan of each, `[P][samples]`."""
     with trainer.precision_plugin.val_step_context():
-        _, drawn = draw(module.policy, module.sampler, prompts, samples, seed=seed, update=0)
-        images = module.policy.decode(drawn.tokens)
-        return images, None if drawn.plans is None else plan_texts(module.policy, drawn.plans)
+        _, drawn = draw(policy, module.sampler, prompts, samples, seed=seed, update=0)
+        images = policy.decode(drawn.tokens)
+        return images, None if drawn.plans is None else plan_texts(policy, drawn.plans)
 
 
 class Validation(Callback):
@@ -114,19 +118,30 @@ class Validation(Callback):
 
     def score(self, trainer: Trainer, module: Any) -> Metrics:
         """The metrics of the present weights."""
-        with apart(self.seed):
-            return self._score(trainer, module)
+        with module.drawing() as policy, module.ranks.together(), apart(self.seed):
+            values = self._score(trainer, module, policy)
+        everywhere: dict[str, list[float]] = defaultdict(list)
+        for row in module.ranks.gathered(values):
+            for name, found in row.items():
+                everywhere[name] += found
+        # An exact sum, which does not depend on who scored what.
+        return {name: math.fsum(found) / len(found) for name, found in everywhere.items() if found}
 
-    def _score(self, trainer: Trainer, module: Any) -> Metrics:
+    def _score(self, trainer: Trainer, module: Any, policy: Any) -> dict[str, list[float]]:
+        """The values of this process's share of the prompts."""
         values: dict[str, list[float]] = defaultdict(list)
-        for prompts in batches(self.prompts, self.prompts_per_batch):
-            scores = module.scorer(draw_images(trainer, module, prompts, self.samples, self.seed), prompts)
+        ranks, mine = module.ranks, self.prompts
+        if module.draws_alone:
+            mine = mine[ranks.rank :: ranks.world]
+        for prompts in batches(mine, self.prompts_per_batch):
+            images = draw_images(trainer, module, policy, prompts, self.samples, self.seed)
+            scores = module.scorer(images, prompts)
             values["validation/reward"] += task_rewards(scores).flatten().tolist()
             strict = [i for i, name in enumerate(scores.names) if name.split("/")[-1] == STRICT][:1]
             for prompt, parts in zip(prompts, scores.parts[..., strict].flatten(1), strict=True):
                 values["validation/strict"] += parts.tolist()
                 values[f"validation/strict/{prompt.metadata.get('tag', 'untagged')}"] += parts.tolist()
-        return {name: sum(found) / len(found) for name, found in values.items() if found}
+        return values
 
 
 class ImageGrid(Callback):
@@ -163,8 +178,10 @@ class ImageGrid(Callback):
 
     def draw(self, trainer: Trainer, module: Any) -> None:
         """Write the picture and show it in the loggers that take pictures."""
-        with apart(self.seed):
-            images, plans = draw_planned(trainer, module, self.prompts, self.samples, self.seed)
+        with module.drawing() as policy, apart(self.seed):
+            if module.draws_alone and not trainer.is_global_zero:
+                return
+            images, plans = draw_planned(trainer, module, policy, self.prompts, self.samples, self.seed)
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +257,11 @@ class Progress(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, pl_module.update - 1)
         self.seconds.append(pl_module.latest["time/total"])
         first = len(self.seconds) == 1
-        if self.is_disabled and (first or due(pl_module.update, pl_module.updates, self.every)):
+        if (
+            self.is_disabled
+            and trainer.is_global_zero
+            and (first or due(pl_module.update, pl_module.updates, self.every))
+        ):
             print(self.line(trainer, pl_module), flush=True)
 
     def line(self, trainer: Trainer, module: Any) -> str:
@@ -284,6 +305,8 @@ class EntropyWatch(Callback):
 class CleanStop(Callback):
     """Ctrl-C or SIGTERM: finish the update, save, stop. A second Ctrl-C abandons the update at once.
 
+    Of several processes one that is told is enough.
+
     `signal_number` says after the run which signal stopped it, None if none did.
     """
 
@@ -300,12 +323,22 @@ class CleanStop(Callback):
         for number in self.SIGNALS:
             signal.signal(number, self._stop)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Processes get a signal at different moments, or one alone does: they stop after the same update.
+        if trainer.world_size > 1:
+            told = max(pl_module.ranks.gathered(self.signal_number or 0))
+            if told:
+                self.signal_number, trainer.should_stop = told, True
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
             raise KeyboardInterrupt
         self.signal_number = number
         assert self._trainer is not None
-        self._trainer.should_stop = True
+        if self._trainer.world_size == 1:
+            self._trainer.should_stop = True
         # os.write and not print: a handler may run in the middle of somebody else's print.
         os.write(
             2,

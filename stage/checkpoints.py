@@ -14,7 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from stage.training_checkpoint import atomic_write, trained_names
+from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
 
 COPIES = 3  # checkpoints that exist at once: last, best, and the one being written
 
@@ -25,6 +25,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own writer holds the whole file in memory, writes it into the system's temporary folder, which may
     be another disk, and copies it from there: a kill in the middle leaves half a checkpoint.
     """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint, mapped from the file: of several processes each reads what it needs."""
+        return read_training_checkpoint(Path(path))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -59,7 +65,13 @@ class Checkpoints(Checkpoint):
         return self.folder / "last.ckpt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Raise before any work when the folder cannot take the checkpoints."""
+        """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        with pl_module.ranks.together():
+            if trainer.is_global_zero:
+                self._check_room(pl_module)
+
+    def _check_room(self, pl_module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = COPIES - len(list(self.folder.glob("*.ckpt")))
         needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(self.folder).free
@@ -76,18 +88,22 @@ class Checkpoints(Checkpoint):
         improved = score is not None and (self.best_score is None or score > self.best_score)
         if improved:
             self.best_score = score
-            self.save(trainer, self.folder / "best.ckpt")
+            self.save(trainer, pl_module, self.folder / "best.ckpt")
         if pl_module.update % self.every == 0 or trainer.should_stop:  # the last update asks to stop, too
-            self.save(trainer, self.last)
+            self.save(trainer, pl_module, self.last)
             self.saved_update = pl_module.update
 
-    def save(self, trainer: Trainer, path: Path) -> None:
-        trainer.save_checkpoint(path, weights_only=False)  # with the state of the optimizer
+    def save(self, trainer: Trainer, pl_module: Any, path: Path) -> None:
+        """Write a checkpoint, with the state of the optimizer; a full disk is an error of all processes."""
+        # What Trainer.save_checkpoint does, but for its barrier, in which the others would wait for one that failed.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        with pl_module.ranks.together():
+            trainer.strategy.save_checkpoint(checkpoint, path)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A stop asked for between two updates comes after the last chance to save."""
         if self.saved_update != pl_module.update:
-            self.save(trainer, self.last)
+            self.save(trainer, pl_module, self.last)
             self.saved_update = pl_module.update
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -96,9 +112,10 @@ class Checkpoints(Checkpoint):
         A second Ctrl-C saves nothing, since it asks to leave now. Of several processes the others may not know of the
         error and would be waited for: then last.ckpt stays what it was.
         """
+        known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
-        if unsaved and pl_module.whole and isinstance(exception, Exception) and trainer.world_size == 1:
-            self.save(trainer, self.last)
+        if unsaved and pl_module.whole and isinstance(exception, Exception) and known:
+            self.save(trainer, pl_module, self.last)
             self.saved_update = pl_module.update
 
     def state_dict(self) -> dict[str, Any]:

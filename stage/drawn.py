@@ -53,6 +53,8 @@ class Drawn:
             samples=Samples(
                 tokens=torch.cat([self.samples.tokens, other.samples.tokens]),
                 logps=torch.cat([self.samples.logps, other.samples.logps]),
+                guidance_scale=_joined(self.samples.guidance_scale, other.samples.guidance_scale),
+                temperature=_joined(self.samples.temperature, other.samples.temperature),
             ),
             images=torch.cat([self.images, other.images]),
             codes=torch.cat([self.codes, other.codes]),
@@ -71,3 +73,7 @@ class Drawn:
         places = [place for place, good in enumerate(informative) if good]
         places += [place for place, good in enumerate(informative[:count]) if not good]
         return both.take(places[:count])
+
+
+def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])

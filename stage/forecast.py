@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,20 +13,26 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from stage.memory import Reference, Workload, memory_parts, needed, remedies, shape_of
-from stage.optimizer import keeps_masters
+from stage.optimizer import keeps_masters, state_bytes
 from stage.policy import drawing
 from stage.policy.lora import has_adapters
+from stage.ranks import divide
 from stage.rollout import micro_batches, scored_distribution
+from stage.sharded_memory import sharded_parts, sharded_peak, slices_of
+from stage.strategy import Sharded
 
 SETTLED = 0.8  # a second update below this share of the first shows how much of that was warming up
 
 
-def memory_line(module: Any, device: torch.device) -> str:
+def memory_line(module: Any, device: torch.device, strategy: Any = None) -> str:
     """Memory of each part on the device, and what the device has. Ask before the weights are moved there.
 
     Raises ValueError with a setting that makes it fit, where it does not.
     """
-    shape, run, room = shape_of(module.policy), workload(module), device_memory(device)
+    if isinstance(strategy, Sharded):
+        return sharded_line(module, device, strategy)
+    processes = 1 if strategy is None else getattr(strategy, "world_size", 1)
+    shape, run, room = shape_of(module.policy), workload(module, processes), device_memory(device)
     total = needed(shape, run)
     if total > room:
         fitting = next((setting for setting, left in remedies(shape, run) if left <= room), None)
@@ -39,19 +46,43 @@ def memory_line(module: Any, device: torch.device) -> str:
     return f"memory on {device}: {_listed(shape, run)}; {_size(total)} of {_size(room)} with slack"
 
 
-def workload(module: Any) -> Workload:
-    """What a `StageModule` will do, in the numbers that memory depends on."""
-    prompts = module.prompts.batch(0)
-    rows, columns = micro_batches(len(prompts), module.group_size, module.objective.micro_batch)
+def sharded_line(module: Any, device: torch.device, strategy: Sharded) -> str:
+    """The same of one process whose weights are sliced; raises alike."""
+    world, shape = strategy.world_size, shape_of(module.policy)
+    wide = state_bytes(module.make_optimizer, torch.float32)
+    run = replace(workload(module, world), optimizer_bytes=round(wide * shape.trained))
+    copied = strategy.rollout == "copy"
+    slices = slices_of(module.policy)
+    parts = sharded_parts(shape, slices, run, world, copied=copied, offload=strategy.cpu_offload)
+    total, room = sharded_peak(parts), device_memory(device)
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    if total > room:
+        advice = "trainer.strategy.rollout=layers" if copied else "trainer.strategy.cpu_offload=true"
+        raise ValueError(
+            f"a run must fit into the memory of its device; each of {world} processes needs {listed}, {_size(total)} "
+            f"at once, and {device} has {_size(room)}. Set {advice}, start more processes, or set model/adapter=lora."
+        )
+    how = "gathered once a rollout" if copied else "gathered whenever a layer is read, which is slow"
+    return (
+        f"memory on each of {world} x {device}: {listed}; {_size(total)} at once of {_size(room)} with slack; weights "
+        f"are {how}"
+    )
+
+
+def workload(module: Any, processes: int = 1) -> Workload:
+    """What the first of so many processes of a `StageModule` will do, in the numbers that memory depends on."""
+    part = divide(0, processes, module.prompts.prompts_per_update, module.group_size)
+    prompts = module.prompts.batch(0)[part.prompts]
+    rows, columns = micro_batches(len(prompts), part.group_size, module.objective.micro_batch)
     largest = max(part.stop - part.start for part in rows) * max(part.stop - part.start for part in columns)
     scored = scored_distribution(module.objective, module.sampler)
     policy = module.policy
     return Workload(
-        images=len(prompts) * module.group_size,
+        images=len(prompts) * part.group_size,
         micro_batch=largest,
         prompt_tokens=_prompt_tokens(policy, module.sampler, [prompt.text for prompt in prompts]),
-        rollout_rows=1 if module.sampler.guidance_scale == 1 else 2,
-        scored_rows=1 if scored.guidance_scale == 1 else 2,
+        rollout_rows=2 if module.sampler.guided else 1,
+        scored_rows=1 if scored.guidance_scale == 1 and not (scored.varied and module.sampler.guided) else 2,
         optimizer_bytes=module.optimizer_bytes(),
         reference=_reference(module),
         checkpointing=policy.gradient_checkpointing,
@@ -94,9 +125,11 @@ def lost_steps(module: Any) -> str | None:
     )
 
 
-def announce(module: Any, device: torch.device) -> None:
-    """Print the memory of a run, and its warning; raises as `memory_line` does."""
-    print(memory_line(module, device), flush=True)
+def announce(module: Any, strategy: Any, say: Callable[[str], None]) -> None:
+    """Say the memory of a run, and print its warning; raises as `memory_line` does."""
+    say(memory_line(module, strategy.root_device, strategy))
+    if isinstance(strategy, Sharded):
+        return  # which makes masters itself
     if (warning := lost_steps(module)) is not None:
         print(warning, file=sys.stderr, flush=True)
 

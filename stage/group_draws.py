@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stage.drawn import Drawn
 from stage.policy import drawing
+from stage.ranks import ALONE, Ranks
 from stage.score_checks import check_values
-from stage.types import Metrics, Prompt, PromptTokens, Samples, Scorer, Scores, TokenScores
+from stage.types import Metrics, Prompt, PromptTokens, Samples, Scorer, Scores, TokenScores, map_tensors
 
 
 class Stopwatch:
@@ -38,15 +39,26 @@ class Stopwatch:
 
 
 def draw(
-    policy: Any, sampler: Any, prompts: Sequence[Prompt], group_size: int, *, seed: int, update: int
+    policy: Any,
+    sampler: Any,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    *,
+    seed: int,
+    update: int,
+    samples: slice | None = None,
 ) -> tuple[PromptTokens, Samples]:
     """Sample `group_size` images of each prompt as tokens `[P, G, L]`, with plans where the sampler reasons.
 
     The uniforms behind a sample are a function of (seed, update, prompt id, sample index) alone, so it does
-    not matter which other prompts are drawn in the same call.
+    not matter which other prompts are drawn in the same call. Nor which other samples: with `samples` these alone of
+    the group are drawn.
     """
     prompt_tokens = tokenized(policy, sampler, prompts)
-    noise = drawing.noise(policy, sampler, seed, update, [prompt.id for prompt in prompts], group_size)
+    ids = [prompt.id for prompt in prompts]
+    noise = drawing.noise(policy, sampler, seed, update, ids, group_size, vary=True)
+    if samples is not None:
+        noise = map_tensors(noise, lambda part: part[:, samples])
     return prompt_tokens, drawing.draw(policy, sampler, prompt_tokens, noise)
 
 
@@ -69,6 +81,8 @@ def draw_groups(
     update: int,
     beside: bool,
     watch: Stopwatch,
+    samples: slice | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[PromptTokens, Drawn, TokenScores | None, int]:
     """Prompt tokens, groups with their rewards, what the reference finds in them, and how many groups were drawn.
 
@@ -85,6 +99,8 @@ def draw_groups(
         seed=seed,
         update=update,
         watch=watch,
+        samples=samples,
+        ranks=ranks,
     )
     rounds = objective.resampling_rounds
     prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
@@ -110,19 +126,26 @@ def draw_and_score(
     watch: Stopwatch,
     look: Callable[[PromptTokens, Samples], TokenScores] | None = None,
     beside: bool = False,
+    samples: slice | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[PromptTokens, Drawn, TokenScores | None]:
     """Samples of these prompts with images, rewards, and the vectors that the policy's method `features` gives.
 
     With `look` also what it finds in them, at the same time as the rewards where `beside` says so (see `judge`).
+    `samples` are those of the group that are wanted, None is all. Where one process fails, all do.
     """
-    with watch("sample"):
-        prompt_tokens, samples = draw(policy, sampler, prompts, group_size, seed=seed, update=update)
-        sampler.release()  # the update needs the memory; the next rollout takes it again in a fraction of a second
-    with watch("decode"):
-        images, codes = policy.decode(samples.tokens), getattr(policy, features)(samples.tokens)
-    looks_back = None if look is None else partial(look, prompt_tokens, samples)
-    scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch)
-    return prompt_tokens, Drawn(tuple(prompts), samples, images, codes, scores), seen
+    with ranks.together():
+        with watch("sample"):
+            prompt_tokens, found = draw(
+                policy, sampler, prompts, group_size, seed=seed, update=update, samples=samples
+            )
+            # The update needs the memory; the next rollout takes it again in a fraction of a second.
+            sampler.release()
+        with watch("decode"):
+            images, codes = policy.decode(found.tokens), getattr(policy, features)(found.tokens)
+    looks_back = None if look is None else partial(look, prompt_tokens, found)
+    scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch, ranks=ranks)
+    return prompt_tokens, Drawn(tuple(prompts), found, images, codes, scores), seen
 
 
 def replaced(
@@ -168,6 +191,7 @@ def judge(
     *,
     beside: bool,
     watch: Stopwatch,
+    ranks: Ranks = ALONE,
 ) -> tuple[Scores, TokenScores | None]:
     """The reward of images `[P, G, H, W, 3]`, and what the reference finds in their tokens.
 
@@ -175,9 +199,11 @@ def judge(
     a device of its own; on one device the two share it, and memory must do for both. The results are the same. Then
     `reward` is the time that is waited for the scorer after the reference is done, so that parts still add up, and
     `reward_beside` all of the scorer's time.
+
+    A scorer that fails on one of several processes stops all of them here, before anything waits for another.
     """
     if looks_back is None or not beside:
-        with watch("reward"):
+        with ranks.together(), watch("reward"):
             scores = _reward(scorer, images, prompts)
         with watch("reference"):
             return scores, None if looks_back is None else looks_back()
@@ -191,7 +217,7 @@ def judge(
         running = pool.submit(timed)
         with watch("reference"):
             reference_scores = looks_back()
-        with watch("reward"):
+        with ranks.together(), watch("reward"):
             scores, watch.seconds["reward_beside"] = running.result()
     return scores, reference_scores
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from hydra import compose
@@ -25,8 +26,13 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from stage import processes
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
-WANTS_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `run` sets it
+ONE_LINE = "STAGE_ONE_LINE"  # set beside it where it is ours and not the user's wish, for processes started meanwhile
+WANTS_TRACEBACK = (
+    os.environ.get(FULL_ERROR) == "1" and ONE_LINE not in os.environ
+)  # read before `run` sets them
 OF_THE_COMMAND = ("resume", "output")  # settings of one command, not of the experiment
 FIXED = (
     "model.",
@@ -61,7 +67,7 @@ def run_folder(resume: str | None, fresh: str) -> str:
 
 def job_folder(overrides: str) -> str:
     """A folder name for one job of a sweep: its overrides, as far as file systems take them, and then a hash."""
-    name = overrides.replace("/", "_")
+    name = overrides.replace("/", "_") or "defaults"
     if len(name.encode()) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME // 4]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
@@ -69,17 +75,32 @@ def job_folder(overrides: str) -> str:
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+OmegaConf.register_new_resolver("processes", processes.processes, replace=True)
+
+
+def several(arguments: Sequence[str], group: str) -> list[str]:
+    """The command line with `group=[a,b]` as `groups=[a,b]`: several options, each composed by itself.
+
+    Hydra would compose them into one node, and refuses two that choose the same inner group.
+    """
+    return [
+        f"{group}s={item.partition('=')[2]}" if item.startswith(f"{group}=[") else item for item in arguments
+    ]
 
 
 def run(main: Callable[[], Any]) -> None:
     """Call a function made by `hydra.main`; a mistake on its command line is one line and exit status 1 too."""
-    before = os.environ.get(FULL_ERROR)
+    before = {name: os.environ.get(name) for name in (FULL_ERROR, ONE_LINE)}
     with mistakes_in_one_line():
         try:
+            sys.argv[1:] = processes.arguments(sys.argv[1:])
             os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing a traceback
+            if not WANTS_TRACEBACK:
+                os.environ[ONE_LINE] = "1"
             main()
         finally:  # or whoever is started next would take it for the user's wish
-            os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 @contextmanager
@@ -98,7 +119,9 @@ def mistakes_in_one_line() -> Iterator[None]:
         text = None if WANTS_TRACEBACK else explain(error)
         if text is None:
             raise
-        sys.exit(f"error: {text}\n({FULL_ERROR}=1 shows where)")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        shared = bool(getattr(error, "on_all_ranks", False))
+        processes.leave(f"error: {text}{notes}\n({FULL_ERROR}=1 shows where)", known_to_all=shared)
 
 
 def explain(error: BaseException) -> str | None:
@@ -144,11 +167,16 @@ def prepare(config: DictConfig) -> Prepared:
     """
     hydra = HydraConfig.get()
     found = Prepared(config, [str(item) for item in hydra.overrides.task], dict(hydra.runtime.choices))
+    first = processes.started().rank == 0
     if config.resume is not None:
-        found = resumed(str(config.resume), found.overrides)
-        carry_metrics(Path(str(config.resume)).expanduser(), Path(hydra.runtime.output_dir))
+        found = resumed(str(config.resume), found.overrides, say=first)
+        if first:
+            carry_metrics(Path(str(config.resume)).expanduser(), Path(hydra.runtime.output_dir))
     found.config.output = hydra.runtime.output_dir
     check(found.config)
+    check_folder(config)
+    processes.check_strategy(found.choices["strategy"], found.config.trainer.devices)
+    check_division(found.config)
     return found._replace(overrides=[item for item in found.overrides if key(item) not in OF_THE_COMMAND])
 
 
@@ -169,10 +197,30 @@ def check(config: DictConfig) -> None:
             raise ValueError(f"{name} must be true or false; got {config[name]!r}")
 
 
-def resumed(path: str, overrides: Sequence[str]) -> Prepared:
+def check_folder(config: DictConfig) -> None:
+    """Raise ValueError for a new run where one has its checkpoints already."""
+    checkpoints = config.callbacks.get("checkpoints")
+    last = None if checkpoints is None else Path(str(checkpoints.folder)) / "last.ckpt"
+    if last is not None and config.resume is None and last.is_file():
+        raise ValueError(
+            f"{short(last.parent.parent)} holds a run already: two runs would have one name. Go on with it by "
+            f"resume={short(last)}, or choose another output"
+        )
+
+
+def check_division(config: DictConfig) -> None:
+    """Raise ValueError where the samples of an update cannot be dealt out to the processes."""
+    from stage.ranks import divide
+
+    found = processes.started()
+    if found.world > 1 and "prompts_per_update" in config.data:
+        divide(found.rank, found.world, config.data.prompts_per_update, config.group_size)
+
+
+def resumed(path: str, overrides: Sequence[str], *, say: bool) -> Prepared:
     """The run that a checkpoint belongs to, with the changes of this command line.
 
-    `resume=PATH` alone goes on with that run, `resume=PATH updates=200` makes it longer. Changes are printed.
+    `resume=PATH` alone goes on with that run, `resume=PATH updates=200` makes it longer. Changes are printed if `say`.
 
     Raises ValueError when nothing is left to do, and for changes that a checkpoint would silently undo.
     """
@@ -198,7 +246,7 @@ def resumed(path: str, overrides: Sequence[str]) -> Prepared:
             f"{path} has done {checkpoint['update']} of {config.updates} updates: nothing is left to do. "
             f"Set updates above {checkpoint['update']} to train longer."
         )
-    if changes:
+    if changes and say:
         print("changed since the checkpoint:", "; ".join(f"{k} {v}" for k, v in changes.items()), flush=True)
     return Prepared(config, list(merged.values()), choices)
 
@@ -249,6 +297,10 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # Frozen parts stay in eval mode on purpose.
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
+    # Its new name is not in the older releases of torch that this runs with.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")
+    # What a sliced policy returns is never changed in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Lightning calls an old name of torch's tree functions.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 
@@ -270,29 +322,42 @@ def first_line(prepared: Prepared, module: Any, device: Any) -> str:
     return (
         f"{config.updates} updates of {images} images, {done}algorithm {prepared.choices['algorithm']}, "
         f"model {prepared.choices['model']} ({trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained), "
-        f"reward {prepared.choices['reward']}, on {device}; writes to {short(config.output)}"
+        f"reward {prepared.choices['reward']}, on {places(device)}; writes to {short(config.output)}"
     )
+
+
+def places(device: Any) -> str:
+    """The device, and how many of its kind there are."""
+    world = processes.started().world
+    return str(device) if world == 1 else f"{world} processes with a {device.type} each"
 
 
 def fit(trainer: Any, module: Any, resume: str | None) -> None:
     """Train, and say in the last line what came of it; after a signal, exit as a shell expects it."""
-    started, path = time.monotonic(), None if resume is None else str(Path(resume).expanduser())
+    begun, path = time.monotonic(), None if resume is None else str(Path(resume).expanduser())
+    if trainer.world_size > 1:
+        signal.signal(signal.SIGTERM, unless_failing)
     try:
         trainer.fit(module, ckpt_path=path, weights_only=True)
     except SystemExit:  # what Lightning makes of a second Ctrl-C
-        print(f"abandoned update {module.update + 1}; {resume_line(trainer, module)}", flush=True)
+        say(trainer, f"abandoned update {module.update + 1}; {resume_line(trainer, module)}")
         sys.exit(exit_status(signal.SIGINT))
-    except Exception:
-        if module.update:
-            text = f"failed in update {module.update + 1}; {resume_line(trainer, module)}"
-            print(text, file=sys.stderr, flush=True)
+    except Exception as error:
+        if module.update:  # a note, since the reason comes first
+            error.add_note(f"failed in update {module.update + 1}; {resume_line(trainer, module)}")
         raise
     number = next((c.signal_number for c in trainer.callbacks if getattr(c, "signal_number", None)), None)
     if number is not None:
-        print(f"stopped after update {module.update}; {resume_line(trainer, module)}", flush=True)
+        say(trainer, f"stopped after update {module.update}; {resume_line(trainer, module)}")
         sys.exit(exit_status(number))
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"{module.update} updates done, {minutes}:{seconds:02d} min; {kept(trainer)}", flush=True)
+    minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+    say(trainer, f"{module.update} updates done, {minutes}:{seconds:02d} min; {kept(trainer)}")
+
+
+def say(trainer: Any, text: str) -> None:
+    """A line of the first process."""
+    if trainer.is_global_zero:
+        print(text, flush=True)
 
 
 def resume_line(trainer: Any, module: Any) -> str:
@@ -312,6 +377,12 @@ def kept(trainer: Any) -> str:
     """The checkpoint that a finished run leaves behind."""
     callback = trainer.checkpoint_callback
     return "no checkpoint was kept" if callback is None else f"evaluate {short(callback.last)}"
+
+
+def unless_failing(number: int, frame: FrameType | None) -> None:
+    """Leave on a signal, but not while an error is on its way out: torchrun ends the others as soon as one has died."""
+    if sys.exc_info()[1] is None:
+        sys.exit(exit_status(number))
 
 
 def exit_status(number: int) -> int:

@@ -13,10 +13,8 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,23 +25,38 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
+from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
+from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
-from stage.optimizer import state_bytes
+from stage.optimizer import explained_settings, state_bytes
 from stage.policy import drawing
+from stage.policy.gathered import Gathered, check_sharded
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
-from stage.rollout import Collected, collect, micro_batches, score_part, scored_distribution
+from stage.ranks import ALONE, Division, Ranks
+from stage.rollout import (
+    Collected,
+    check_comparison,
+    collect,
+    comparison,
+    micro_batches,
+    score_part,
+    scored_distribution,
+    whole_groups,
+)
+from stage.step_metrics import is_largest, time_metrics
+from stage.strategy import Sharded, check_processes, connected, move
 from stage.training_checkpoint import (
     check_base,
     check_names,
+    from_text,
     random_states,
     restore_random_states,
+    to_text,
     trained_names,
 )
-from stage.types import Metrics, Rollout, Scorer, TokenScores
-
-ROLLOUT_PARTS = ("sample", "decode", "reference")
+from stage.types import Metrics, Prompt, Rollout, Scorer, TokenScores
 
 
 class StageModule(LightningModule):
@@ -104,6 +117,7 @@ class StageModule(LightningModule):
             )
         scored_distribution(objective, sampler)
         check_resampling(objective, sampler)
+        check_comparison(objective, sampler)
         drawing.check(policy, sampler)
         self.automatic_optimization = False
         self.strict_loading = (
@@ -119,6 +133,8 @@ class StageModule(LightningModule):
         self.seed, self.updates = seed, updates
         self.base, self.config, self.overrides = dict(base), dict(config), list(overrides)
         self.reward_record = scorer_record(scorer)
+        self.ranks: Ranks = ALONE
+        self._gathered: tuple[Gathered | None] = (None,)
         self.update = 0
         self.latest: Metrics = {}  # of the last update; callbacks may add to it before it is logged
         self._random: Mapping[str, Any] | None = None
@@ -164,8 +180,43 @@ class StageModule(LightningModule):
     def train_dataloader(self) -> UpdateNumbers:
         return UpdateNumbers(lambda: self.update)
 
+    @property
+    def division(self) -> Division:
+        """Which samples of an update this process has."""
+        return self.ranks.divide(self.prompts.prompts_per_update, self.group_size)
+
+    def setup(self, stage: str) -> None:
+        prompts = self.prompts.prompts_per_update
+        self.ranks = connected(self.trainer.strategy, prompts, self.group_size, self.config)
+        check_processes(self.ranks, self.objective)
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded):
+            check_sharded(drawing.reasons(self.sampler))
+            found = strategy.shard(self.policy, self.reference, reference_on_cpu=self.reference_on_cpu)
+            self._gathered = (found,)
+
+    @contextmanager
+    def drawing(self) -> Iterator[nn.Module]:
+        """The policy as a sampler reads it, with the weights of this moment. Every process must enter."""
+        (gathered,) = self._gathered
+        with nullcontext(self.policy) if gathered is None else gathered.filled() as policy:
+            yield policy
+
+    @property
+    def draws_alone(self) -> bool:
+        """Whether inside of `drawing` a process can draw without the others."""
+        (gathered,) = self._gathered
+        return gathered is None or gathered.copied
+
     def on_fit_start(self) -> None:
-        if self.reference is not None:
+        (gathered,) = self._gathered
+        if gathered is not None:
+            gathered.to(self.device)
+            if self.reference is not None:
+                move(self.reference, self.device)
+        elif self.reference is not None:
             place_reference(self.reference, self.policy, self.device, self.reference_on_cpu)
 
     def on_train_start(self) -> None:
@@ -180,13 +231,15 @@ class StageModule(LightningModule):
         self._whole = random_states()
         with watch("total"):
             collected = self._collect(watch)
-            watched = self._watched(collected.rollout)
+            with self.ranks.together():
+                watched = self._watched(collected.rollout)
             metrics = self._learn(collected) | watched
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.update += 1
         self._whole = random_states()
-        images = collected.rollout.tokens.shape[:2].numel()
-        self.latest = metrics | self._time_metrics(watch.seconds, images, replayed=collected.scores is None)
+        images = self.prompts.prompts_per_update * self.group_size
+        metrics |= time_metrics(watch.seconds, images, self.device, replayed=collected.scores is None)
+        self.latest = self.ranks.mean(metrics, is_largest)
         if self.update >= self.updates:
             self.trainer.should_stop = True
 
@@ -199,8 +252,15 @@ class StageModule(LightningModule):
         self.log_dict(self.latest, logger=False)
 
     def _collect(self, watch: Stopwatch) -> Collected:
-        prompts = self.prompts.batch(self.update)
-        rows, columns = micro_batches(len(prompts), self.group_size, self.objective.micro_batch)
+        prompts = self.prompts.batch(self.update)[self.division.prompts]
+        with ExitStack() as stack:
+            with watch("gather") if self._gathered[0] else nullcontext():
+                drawer = stack.enter_context(self.drawing())
+            return self._collected(prompts, drawer, watch)
+
+    def _collected(self, prompts: Sequence[Prompt], drawer: nn.Module, watch: Stopwatch) -> Collected:
+        division = self.division
+        rows, columns = micro_batches(len(prompts), division.group_size, self.objective.micro_batch)
         return collect(
             self.policy,
             self.reference,
@@ -215,6 +275,9 @@ class StageModule(LightningModule):
             beside=self.reward_beside_reference,
             watch=watch,
             spare=partial(self.prompts.spare, self.update),
+            samples=division.samples,
+            ranks=self.ranks,
+            drawer=drawer,
         )
 
     def _watched(self, rollout: Rollout) -> Metrics:
@@ -227,7 +290,10 @@ class StageModule(LightningModule):
 
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""
-        credit, metrics = self.objective.credit(collected.rollout)
+        rollout = whole_groups(collected.rollout, self.ranks)
+        with self.ranks.together():
+            credit, metrics = self.objective.credit(rollout)
+        credit = credit.micro_batch(slice(None), self.division.samples)
         if self.objective.resampling_rounds:
             metrics["reward/groups_drawn"] = float(collected.groups_drawn)
         for _ in range(self.objective.updates_per_rollout):
@@ -239,7 +305,8 @@ class StageModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        rows, columns = micro_batches(len(rollout.prompts), self.group_size, self.objective.micro_batch)
+        here, span = self.division.group_size, self.division.span
+        rows, columns = micro_batches(len(rollout.prompts), here, self.objective.micro_batch)
         cells = [(prompts, samples) for prompts in rows for samples in columns]
         losses, parts = [], []
         for index, cell in enumerate(cells):
@@ -247,10 +314,14 @@ class StageModule(LightningModule):
                 loss, metrics = self._backward(rollout, credit, scores, *cell)
             losses.append(loss)
             parts.append(metrics)
-        check_finite(torch.stack(losses).sum(), "loss", self.update)
-        merged = merge_metrics(parts) | self._clip(optimizer)
+        with self.ranks.together():
+            check_finite(torch.stack(losses).sum(), "loss", self.update)
+        # The parts of a group on several processes add up; everything else is a mean over processes.
+        merged = {n: v if is_maximum(n) else v * span for n, v in merge_metrics(parts).items()}
+        merged |= self._clip(optimizer)
         self._whole = None
         optimizer.step()
+        optimizer.zero_grad()  # the next rollout has the memory
         return merged
 
     def _backward(
@@ -261,11 +332,12 @@ class StageModule(LightningModule):
         `scores` of the rollout, where they carry a graph, save the forward.
         """
         if scores is None:
-            distribution = scored_distribution(self.objective, self.sampler)
+            distribution = scored_distribution(self.objective, self.sampler).of(rollout)
+            other = comparison(self.objective, self.reference, rollout.reference)
             drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
-            scores = score_part(self.policy, *drawn, prompts, samples, distribution)
+            scores = score_part(self.policy, *drawn, prompts, samples, distribution, other)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
-        self.manual_backward(loss)
+        self.manual_backward(loss * self.division.span)  # gradients of processes are averaged
         return loss.detach(), metrics
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
@@ -277,26 +349,16 @@ class StageModule(LightningModule):
 
     def _clip(self, optimizer: LightningOptimizer) -> Metrics:
         gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(gradients, self._total)
         check_finite(norm, "gradient norm", self.update)
         if self.gradient_clip is not None:
-            self.clip_gradients(optimizer.optimizer, self.gradient_clip, gradient_clip_algorithm="norm")
+            clip(gradients, norm, self.gradient_clip)
         return {"policy/gradient_norm": norm.item(), "policy/learning_rate": optimizer.param_groups[0]["lr"]}
 
-    def _time_metrics(self, seconds: Metrics, images: int, *, replayed: bool) -> Metrics:
-        """Seconds and shares of rollout, reward and update; images a second; peak memory in bytes.
-
-        The rollout is sample, decode, reference and, unless it was the forward of the update too, replay.
-        """
-        total = seconds["total"]
-        rollout = sum(seconds[part] for part in (*ROLLOUT_PARTS, *(("replay",) if replayed else ())))
-        shares = {"rollout": rollout, "reward": seconds["reward"]}
-        shares["update"] = total - sum(shares.values())
-        metrics = {f"time/{name}": value for name, value in {**seconds, **shares}.items()}
-        metrics |= {f"time/{name}_share": value / total for name, value in shares.items()}
-        metrics["time/images_per_second"] = images / total
-        metrics["time/peak_memory_bytes"] = float(peak_memory(self.device))
-        return metrics
+    def _total(self, number: Tensor) -> Tensor:
+        """The sum of a number over the processes."""
+        found: Tensor = self.trainer.strategy.reduce(number.to(self.device), reduce_op="sum")
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"policy.{name}" for name in trained_names(self.policy)}
@@ -304,6 +366,8 @@ class StageModule(LightningModule):
         # Those of now hold what an update that failed has drawn.
         random = random_states() if self._whole is None or not self.trainer.interrupted else self._whole
         checkpoint |= {"update": self.update, "base": self.base, "random": random}
+        if self.ranks.world > 1:
+            checkpoint["processes"] = [from_text(text) for text in self.ranks.exchange(to_text(random))]
         checkpoint |= {"config": self.config, "overrides": self.overrides, "reward": self.reward_record}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -313,19 +377,13 @@ class StageModule(LightningModule):
         """
         check_base(checkpoint, self.base)
         check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
-        self.update, self._random = checkpoint["update"], checkpoint["random"]
+        everyone = checkpoint.get("processes", [])
+        same = len(everyone) == self.ranks.world
+        self.update = checkpoint["update"]
+        self._random = everyone[self.ranks.rank] if same else checkpoint["random"]
         files = changed_files(checkpoint.get("reward", self.reward_record), self.reward_record)
         if files and self.trainer.is_global_zero:
             print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
-
-
-@contextmanager
-def explained_settings() -> Iterator[None]:
-    """Turn what torch makes of a word where it wants a number into a ValueError."""
-    try:
-        yield
-    except TypeError as error:
-        raise ValueError(f"optimizer and scheduler must take their settings, and do not: {error}") from error
 
 
 def check_finite(value: Tensor, name: str, update: int) -> None:
@@ -335,11 +393,3 @@ def check_finite(value: Tensor, name: str, update: int) -> None:
             f"the {name} must be finite; it is {value.item()} in update {update + 1}. Resume from the last "
             "checkpoint with trainer.precision=32-true, or start again with a lower optimizer.lr."
         )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most allocated on a CUDA device, elsewhere the largest resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux KiB

@@ -7,7 +7,8 @@ masters, kept in the state of the optimizer, and the weights of the model are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -131,3 +132,12 @@ def keeps_masters(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -
         probe.grad = torch.ones_like(probe)
         optimizer.step()
     return bool((probe != 1).any())
+
+
+@contextmanager
+def explained_settings() -> Iterator[None]:
+    """Turn what torch makes of a word where it wants a number into a ValueError."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"optimizer and scheduler must take their settings, and do not: {error}") from error

@@ -1,13 +1,14 @@
 """Make a training list in GenEval's schema that shares no prompt with lists it is to be evaluated on.
 
-    python -m stage.prompts exclude=[evaluation_metadata.jsonl] output=train.jsonl
+    python -m stage.prompts output=train.jsonl                          # without GenEval's 553 evaluation prompts
+    python -m stage.prompts output=train.jsonl exclude=[more.jsonl]     # and without those of other lists
 
 The wording is GenEval's own (djghosh13/geneval prompts/create_prompts.py), its plurals (`benchs`) included, since the
 evaluation asks in these words. Differences from that file:
 
 1. Every prompt of a task can be drawn and none is drawn twice; there, repeats are thrown away afterwards.
-2. A prompt is left out when an excluded one asks for the same picture: `a cat and a dog` for `a dog and a cat`, and
-   `a cat right of a dog` for `a dog left of a cat`.
+2. A prompt is left out when an excluded one has the same words or asks for the same picture: `a cat and a dog` for
+   `a dog and a cat`, and `a cat right of a dog` for `a dog left of a cat`. GenEval's own are known by fingerprints.
 3. Shares of the tasks are set; there, each has 100.
 4. Randomness is Philox of (seed, task): a longer list begins each task as a shorter one does.
 """
@@ -23,8 +24,9 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from stage import launch
-from stage.request import RELATIONS, Request, parse_request
+from stage import fingerprints, launch
+from stage.fingerprints import of_picture, of_text
+from stage.request import RELATIONS, parse_request
 
 # The 80 classes of COCO in its order.
 CLASSES = (
@@ -41,7 +43,6 @@ CLASSES = (
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COLORED = CLASSES[1:]  # GenEval asks for no coloured person
-OPPOSITE = {"right of": "left of", "below": "above"}
 
 Line = dict[str, Any]
 
@@ -124,20 +125,8 @@ def prompt_line(tag: str, index: int) -> Line:
     return {"tag": tag, **line, "prompt": wording(tag, line["include"])}
 
 
-def meaning(request: Request) -> Any:
-    """Equal for two requests that ask for the same picture: the order of objects and the side it is told from."""
-    include, relations = list(request.include), []
-    for clause in include:
-        if clause.relation is not None:
-            ends = (clause.name, include[clause.target].name)
-            relation = OPPOSITE.get(clause.relation, clause.relation)
-            relations.append((relation, ends[::-1] if clause.relation in OPPOSITE else ends))
-    objects = sorted((clause.name, clause.count, clause.color or "") for clause in include)
-    return tuple(objects), tuple(sorted(relations))
-
-
-def draw(tag: str, wanted: int, seed: int, excluded: set[Any]) -> Iterator[Line]:
-    """At most `wanted` different prompts of a task whose meaning is not in `excluded`."""
+def draw(tag: str, wanted: int, seed: int, excluded: set[str]) -> Iterator[Line]:
+    """At most `wanted` different prompts of a task, none of whose fingerprints is in `excluded`."""
     key = np.array([seed, list(TASKS).index(tag)], dtype=np.uint64)
     order = np.argsort(np.random.Philox(key=key).random_raw(TASKS[tag][0]), kind="stable")
     found = 0
@@ -145,13 +134,13 @@ def draw(tag: str, wanted: int, seed: int, excluded: set[Any]) -> Iterator[Line]
         if found == wanted:
             return
         line = prompt_line(tag, index)
-        if meaning(parse_request(line)) not in excluded:
+        if excluded.isdisjoint((of_text(line["prompt"]), of_picture(parse_request(line)))):
             found += 1
             yield line
 
 
 def training_list(
-    count: int, shares: Mapping[str, float], seed: int, excluded: set[Any]
+    count: int, shares: Mapping[str, float], seed: int, excluded: set[str]
 ) -> tuple[list[Line], dict[str, int]]:
     """About `count` prompts in proportion to `shares`, and how many a task fell short of its share, by task.
 
@@ -178,22 +167,20 @@ def training_list(
 
 def write(config: DictConfig) -> None:
     """Write the list that the configuration asks for."""
-    from stage.prompt_files import read_prompts
     from stage.training_checkpoint import atomic_write
 
     output = Path(str(config.output)).expanduser()
-    excluded = {
-        meaning(parse_request(prompt.metadata))
-        for path in config.exclude
-        for prompt in read_prompts(str(path))
-    }
+    excluded = set() if config.evaluated is None else fingerprints.read(str(config.evaluated))
+    for path in config.exclude:
+        excluded |= fingerprints.of_list(str(path))
     lines, short = training_list(config.count, config.shares, config.seed, excluded)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as temporary:
         temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     for tag, missing in short.items():
         print(f"{tag} has {missing} prompts less than its share: all there are outside of the excluded lists")
-    print(f"{len(lines)} prompts in {launch.short(output)}; {len(excluded)} pictures excluded", flush=True)
+    pictures = sum(fingerprint.startswith("picture") for fingerprint in excluded)
+    print(f"{len(lines)} prompts in {launch.short(output)}; {pictures} pictures excluded", flush=True)
 
 
 @hydra.main(config_path="../conf", config_name="prompts", version_base="1.3")

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from stage.policy.sampler import compute_dtype
-from stage.rollout import Distribution, score_tokens, scored_distribution
+from stage.rollout import sampled_distribution, score_tokens, scored_distribution
 from stage.types import Metrics, Rollout, map_tensors
 
 
@@ -63,9 +63,11 @@ class RatioGate(Callback):
     def differences(self, module: Any, rollout: Rollout) -> Tensor:
         """Sampled minus replayed log-probabilities, `[P, G, L]` or of the samples that were replayed."""
         # Plans are given here, so at which temperature they would be scored does not matter.
-        sampled = Distribution(module.sampler.guidance_scale, module.sampler.temperature, 1.0)
-        scored = scored_distribution(module.objective, module.sampler)
-        if (scored.guidance_scale, scored.temperature) == (sampled.guidance_scale, sampled.temperature):
+        sampled = sampled_distribution(module.sampler, 1.0).of(rollout)
+        scored = scored_distribution(module.objective, module.sampler).of(rollout)
+        if _same(scored.guidance_scale, sampled.guidance_scale) and _same(
+            scored.temperature, sampled.temperature
+        ):
             return rollout.sampled_logps - rollout.old.logps
         first, some = slice(0, 1), slice(0, self.samples)
         prompt = map_tensors(rollout.prompt_tokens, lambda part: part[first])
@@ -73,5 +75,11 @@ class RatioGate(Callback):
         tokens = rollout.tokens[first, some]
         whole = [slice(0, 1)], [slice(0, tokens.shape[1])]
         with torch.no_grad():
-            replayed = score_tokens(module.policy, prompt, tokens, whole, sampled, plans)
+            replayed = score_tokens(module.policy, prompt, tokens, whole, sampled.part(first, some), plans)
         return rollout.sampled_logps[first, some] - replayed.logps
+
+
+def _same(one: float | Tensor, other: float | Tensor) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return one == other

@@ -30,7 +30,7 @@ class Subject:
     """A model that can be loaded: `model` is its configuration, `sha256` identifies its weights.
 
     `checkpoint` is the training checkpoint whose weights replace those of `model`, `update` the rollouts it has
-    done; both are None for a model folder.
+    done; both are None for a model folder. `stamp` is its time and size when it was hashed, None where nobody looked.
     """
 
     path: str
@@ -38,19 +38,26 @@ class Subject:
     model: Mapping[str, Any]
     checkpoint: Path | None = None
     update: int | None = None
+    stamp: tuple[int, int] | None = None
 
-    def load(self, device: torch.device) -> JanusPolicy:
-        """The policy in eval mode on `device`, without gradients.
+    def load(self, device: torch.device, trainable: bool = False) -> JanusPolicy:
+        """The policy in eval mode on `device`, without gradients unless `trainable` keeps those that training has.
 
         Raises FileNotFoundError or ValueError where the weights cannot be read or are of another base.
         """
         policy = instantiate(OmegaConf.create(dict(self.model)))
         if self.checkpoint is not None:
             trained = read_training_checkpoint(self.checkpoint)
+            if self.stamp not in (None, _stamp(self.checkpoint)):
+                raise ValueError(
+                    f"{self.checkpoint} has changed since it was hashed, as when training goes on beside an "
+                    "evaluation; copy the checkpoint, and evaluate the copy"
+                )
             source = str(self.model["path"])
             check_base(trained, {"path": source, "sha256": weights_sha256(configured_folder(self.model))})
             load_trained(policy, trained)
-        return policy.to(device).eval().requires_grad_(False)
+        policy = policy.to(device).eval()
+        return policy if trainable else policy.requires_grad_(False)
 
     def image_settings(self, sampler: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Everything but the prompt and the sample index that an image of this model depends on."""
@@ -103,8 +110,9 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
         tuned = None if path is None else _tuned(model, path)
         return Subjects(base, None if tuned is None or tuned.sha256 == base.sha256 else tuned, sampler, None)
     trained = read_training_checkpoint(path)
-    model, sampler = (_recorded(group, config, trained["config"], overrides) for group in RECORDED)
-    tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]))
+    model, sampler = (recorded(group, config, trained["config"], overrides) for group in RECORDED)
+    stamp = _stamp(path)  # before the hash: a change in between is found too
+    tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]), stamp)
     base = _folder(_without_adapter(model))
     return Subjects(base, tuned, sampler, trained["config"], trained.get("reward"))
 
@@ -147,7 +155,7 @@ def _folder(model: Mapping[str, Any]) -> Subject:
     return Subject(str(model["path"]), weights_sha256(configured_folder(model)), model)
 
 
-def _recorded(
+def recorded(
     group: str, config: DictConfig, trained: Mapping[str, Any], overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The group as the checkpoint recorded it, with the changes that the command line makes to it."""
@@ -165,6 +173,12 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(node, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """When a file was last written, in nanoseconds, and its size in bytes."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _file_sha256(path: Path) -> str:

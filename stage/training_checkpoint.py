@@ -8,6 +8,7 @@ A checkpoint is Lightning's file of tensors and plain containers (it loads with 
     overrides   the command line that led to it, a list of strings
     base        {"path", "sha256"} of the weights the policy started from
     random      states of every random number generator
+    processes   of several processes the random states of each, a list; absent for one
     reward      class of the scorer and revision and sha256 of its weights (`stage.provenance`); old files lack it
 
 and from which it removes the weights that were never trained: they are those of `base`.
@@ -15,7 +16,9 @@ and from which it removes the weights that were never trained: they are those of
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import os
 import pickle
 import random
@@ -147,6 +150,19 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def to_text(states: Mapping[str, Any]) -> str:
+    """Random states as text, to be sent to another process."""
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def from_text(text: str) -> dict[str, Any]:
+    """Undo `to_text`."""
+    found: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+    return found
 
 
 @contextmanager

@@ -72,11 +72,15 @@ class Samples:
     """What the sampler drew: `tokens` int64 `[P, G, L]` and `logps` `[P, G, L]`, and `plans` with reasoning.
 
     `logps` are log-probabilities under the distribution that was sampled (guidance and temperature included).
+    `guidance_scale` and `temperature` float32 `[P, G]` are those of each sample where the sampler varies them, None
+    where all have the sampler's own.
     """
 
     tokens: Tensor
     logps: Tensor
     plans: Plans | None = None
+    guidance_scale: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,16 @@ class TokenScores:
 
     With reasoning, `plan` has the same of the plan's tokens over the text vocabulary, `[P, G, R]`, 0 in the padding.
     `mask`, of the shape of `logps`, is 1 on a sample's own tokens; None where all of them are.
+    `divergence` `[P, G, L]`, nats, is that of the whole distributions of policy and reference, and `features`
+    `[P, G, L, D]` the input of the last layer that the reference gives for it; None where nothing asks for them.
     """
 
     logps: Tensor
     entropy: Tensor
     plan: TokenScores | None = None
     mask: Tensor | None = None
+    divergence: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,7 @@ class Rollout:
     Shapes: tokens `[P, G, L]`, codes `[P, G, L, C]`, images uint8 `[P, G, H, W, 3]`, scores.parts `[P, G, R]`.
     `reference` is None when neither the KL term nor the entropy reward needs one. With reasoning there are `plans`
     `[P, G, R]`, the prompt tokens end where they begin, and `plan_weight` is the weight of their term in the loss.
+    `guidance_scale` and `temperature` are those of `Samples`.
     """
 
     update: int
@@ -143,6 +152,8 @@ class Rollout:
     sampled_logps: Tensor
     plans: Plans | None = None
     plan_weight: float | None = None
+    guidance_scale: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stage import paths
+from stage.paths import sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a folder in the layout of transformers is made of, without weights of other frameworks.
@@ -89,11 +89,6 @@ def provenance(place: Path, path: str, revision: str | None) -> dict[str, Any]:
     parts = place.parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else revision
     return {"path": str(path), "revision": commit, "sha256": {file.name: sha256(file) for file in files}}
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

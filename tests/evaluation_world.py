@@ -63,6 +63,7 @@ def make_world(root: Path) -> World:
         "images_per_prompt": 2,
         "scorer": {"_target_": "tests.benchmarks.example.Bright", "threshold": 0.5},
         "headline": "strict",
+        "beside": ["partial"],
     }
     for group, node in (("model", model(world)), ("sampler", SAMPLER), ("benchmark", benchmark)):
         (world.groups / group).mkdir(parents=True)

@@ -17,8 +17,11 @@ from stage import launch
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 EXPERIMENTS = CONF.parent / "experiments"
-MAINS = tuple(name for name in ("train", "evaluate", "sample", "serve") if (CONF / f"{name}.yaml").is_file())
+MAINS = tuple(
+    name for name in ("train", "evaluate", "sample", "serve", "diagnose") if (CONF / f"{name}.yaml").is_file()
+)
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/**/*.yaml"))
+OPTIONS = [option for option in OPTIONS if not option.startswith("hydra/")]  # tests/test_multirun.py
 # Places that only the user knows.
 FOLDERS = {"reward/reader/paddleocr": ["reward.reader.folder=models"]}
 # Arguments that the program adds to those of the configuration.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import evaluate
-from tests.evaluation_world import World, make_world, run_command
+from tests.evaluation_world import World, make_world, run_command, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,8 +149,23 @@ def test_images_of_other_settings_are_an_error(world: World, monkeypatch: pytest
     assert run(world, monkeypatch, *arguments) is None
     before = pictures(world.root / "out")
     code = run(world, monkeypatch, *arguments, "sampler.guidance_scale=4")
-    assert isinstance(code, str) and "holds images of another evaluation" in code and "output=FOLDER" in code
+    assert (
+        isinstance(code, str) and "holds 4 images of another evaluation" in code and "output=FOLDER" in code
+    )
     assert pictures(world.root / "out") == before
+
+
+def test_a_checkpoint_that_changed_between_the_two_stages(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn, trained on, and scored under the same name: the images are of another model, and are counted."""
+    arguments = (f"checkpoint={world.checkpoint}", "splits=[heldout]")
+    assert run(world, monkeypatch, *arguments, "score=false") is None
+    write_run(world, seed=1)
+    code = run(world, monkeypatch, *arguments)
+    assert isinstance(code, str)
+    assert 'last/heldout holds 4 images of another evaluation (settings.json: "checkpoint": ' in code
+    assert not (world.run / "evaluation" / "last" / "results.json").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 import evaluate
 from stage import launch
-from tests.evaluation_world import World, make_world, run_command
+from tests.evaluation_world import CONF, World, make_world, run_command
 from tests.test_conf import composed
 
 
@@ -122,7 +124,9 @@ def test_drawn_here_and_scored_there(
     assert isinstance(code, str) and "is not complete: 1 missing" in code
 
 
-@pytest.mark.parametrize("name", ["geneval", "ocr", "drawbench", "hpsv2", "imagereward"])
+@pytest.mark.parametrize(
+    "name", ["geneval", "ocr", "drawbench", "hpsv2", "imagereward", "t2i_compbench", "diversity", "drift"]
+)
 def test_a_benchmark_without_its_list_says_how_to_get_it(name: str) -> None:
     from hydra.utils import instantiate
 
@@ -130,3 +134,67 @@ def test_a_benchmark_without_its_list_says_how_to_get_it(name: str) -> None:
     with pytest.raises(Exception) as error:
         instantiate(config.benchmark.splits)
     assert "python -m stage.benchmarks.fetch" in str(launch.explain(error.value))
+
+
+def test_benchmarks_of_the_project_that_choose_a_scorer_each(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GenEval and OCR at once, drawn only: each names its own reward, which one composition could not hold."""
+    data = world.root / "data"
+    for name, file in (("geneval", "evaluation_metadata.jsonl"), ("ocr", "test.txt")):
+        (data / name).mkdir(parents=True)
+        line = (world.root / "heldout.jsonl").read_text() if name == "geneval" else 'a sign "two"\n'
+        (data / name / file).write_text(line)
+    plain = [item for item in world.evaluation if not item.startswith("benchmark=")]
+    arguments = [*plain, "benchmark=[geneval,ocr]", f"datasets={data}", "score=false", "output=out"]
+    assert run_command(evaluate.main, arguments, monkeypatch) is None
+    drawn = {name: len(list((world.root / "out" / name).rglob("*.png"))) for name in ("geneval", "ocr")}
+    assert drawn == {"geneval": 2 * 4, "ocr": 1}
+
+
+def test_what_training_costs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmark=drift from the command: base beside tuned, images with their tokens, a page."""
+    node = {**plain_node("drift"), "name": "drift"}
+    node["splits"]["test"]["path"] = str(world.root / "validation.jsonl")
+    OmegaConf.save(OmegaConf.create(node), world.groups / "benchmark" / "moved.yaml")
+    arguments = ("benchmark=moved", f"checkpoint={world.checkpoint}", "benchmark.images_per_prompt=2")
+    assert run(world, monkeypatch, *arguments) is None
+    folder = world.run / "evaluation" / "last" / "drift"
+    first = results(folder)
+    row = first["scores"]["test"]["kl"]["overall"]
+    assert row["base"]["mean"] == 0 and row["tuned"]["mean"] == row["difference"]["mean"] > 0
+    assert set(first["scores"]["test"]) == {"kl", "entropy", "distance", "recall"}
+    assert len(list((folder / "test" / "tokens").iterdir())) == 6
+    assert "KL" in (folder / "report.html").read_text()
+    assert run(world, monkeypatch, *arguments) is None
+    assert results(folder)["images"] == first["images"]
+    code = run(world, monkeypatch, *arguments, "sampler.temperature=0", "output=cold")
+    assert isinstance(code, str) and "at a temperature above 0" in code and not (world.root / "cold").exists()
+    code = run(world, monkeypatch, *arguments[::2], f"images={folder}")
+    assert isinstance(code, str) and "'drift' looks at models" in code
+
+
+def test_questions_before_and_after(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmark=understanding from the command: nothing is drawn, answers stand in results and page."""
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(world.root / "a.png")
+    line = {"image": "a.png", "question": "a red circle", "answer": "red"}
+    (world.root / "probe.jsonl").write_text(json.dumps(line))
+    node = {**plain_node("understanding"), "question": "{image} {question}", "max_new_tokens": 4}
+    node["splits"]["probe"]["path"] = str(world.root / "probe.jsonl")
+    OmegaConf.save(OmegaConf.create(node), world.groups / "benchmark" / "asked.yaml")
+    plain = [item for item in world.evaluation if not item.startswith("benchmark=")]
+    arguments = [*plain, "benchmark=asked", f"checkpoint={world.checkpoint}"]
+    assert run_command(evaluate.main, arguments, monkeypatch) is None
+    folder = world.run / "evaluation" / "last" / "understanding"
+    found = results(folder)
+    assert [line["model"] for line in found["images"]] == ["base", "tuned"] and found["timing"] == {}
+    assert found["scores"]["probe"]["unchanged"]["overall"]["base"]["mean"] == 1
+    assert found["benchmark"]["headline"] == "correct"
+    page = (folder / "report.html").read_text()
+    assert found["images"][1]["reason"] in page and "data:image/png" in page
+
+
+def plain_node(name: str) -> dict[str, Any]:
+    """A file of conf/benchmark, before its interpolations."""
+    node = OmegaConf.load(CONF / "benchmark" / f"{name}.yaml")
+    return OmegaConf.to_container(node, resolve=False)  # type: ignore[return-value]

@@ -8,17 +8,16 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from stage.fingerprints import of_list, of_picture, of_text
 from stage.prompt_files import read_prompts
 from stage.prompts import (
     CLASSES,
     COLORS,
     TASKS,
     article,
-    meaning,
     plural,
     prompt_line,
     training_list,
@@ -27,10 +26,6 @@ from stage.prompts import (
 from stage.request import parse_request
 
 SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
-
-
-def key(text: str, *include: dict[str, Any], **more: Any) -> Any:
-    return meaning(parse_request({"tag": "x", "prompt": text, "include": list(include), **more}))
 
 
 DOG, CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
@@ -69,30 +64,17 @@ def test_sizes_of_the_tasks() -> None:
     }  # fmt: skip
 
 
-def test_one_picture_has_one_meaning() -> None:
-    assert key("dog and cat", DOG, CAT) == key("cat and dog", CAT, DOG)
-    left = key("dog left of cat", CAT, {**DOG, "position": ["left of", 0]})
-    right = key("cat right of dog", DOG, {**CAT, "position": ["right of", 0]})
-    assert left == right != key("dog and cat", DOG, CAT)
-    assert left != key("cat left of dog", DOG, {**CAT, "position": ["left of", 0]})
-    assert key("above", CAT, {**DOG, "position": ["above", 0]}) != left
-    red, blue = {"color": "red"}, {"color": "blue"}
-    assert key("", {**DOG, **red}, {**CAT, **blue}) == key("", {**CAT, **blue}, {**DOG, **red})
-    assert key("", {**DOG, **red}, {**CAT, **blue}) != key("", {**DOG, **blue}, {**CAT, **red})
-    assert key("", {**DOG, "count": 2}) != key("", {**DOG, "count": 3})
-
-
 def test_shares_and_what_is_left_out() -> None:
     evaluated = [
         prompt_line(tag, index) for tag in TASKS for index in range(0, 240, 3) if index < TASKS[tag][0]
     ]
-    excluded = {meaning(parse_request(line)) for line in evaluated}
+    excluded = {of_picture(parse_request(line)) for line in evaluated}
     lines, short = training_list(340, SHARES, 3, excluded)
     counts = Counter(line["tag"] for line in lines)
     # 340 = 20 * 17; a third of the 240 counting prompts is left out, 160 remain for 100
     assert counts == {"position": 140, "counting": 100, "color_attr": 60, "colors": 20, "two_object": 20}
     assert not short and len({line["prompt"] for line in lines}) == 340
-    assert not excluded & {meaning(parse_request(line)) for line in lines}
+    assert not excluded & {of_picture(parse_request(line)) for line in lines}
 
 
 def test_a_task_without_enough_prompts_gives_what_it_has() -> None:
@@ -137,22 +119,41 @@ def test_the_wording_is_that_of_the_evaluation(shared: Path) -> None:
         assert theirs <= mine
 
 
+def test_words_alone_leave_a_prompt_out() -> None:
+    first, second = (line["prompt"] for line in training_list(2, {"colors": 1}, 0, set())[0])
+    lines, _ = training_list(2, {"colors": 1}, 0, {of_text(first.upper() + ".")})
+    assert lines[0]["prompt"] == second and len(lines) == 2
+
+
+def program(folder: Path, root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stage.prompts", *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_the_program_writes_a_list_that_loads(tmp_path: Path, root: Path) -> None:
     evaluated = tmp_path / "evaluated.jsonl"
     evaluated.write_text("".join(json.dumps(prompt_line("counting", i)) + "\n" for i in range(200)))
-    command = [
-        sys.executable,
-        "-m",
-        "stage.prompts",
-        f"exclude=[{evaluated}]",
-        "output=new/train.jsonl",
-        "count=340",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = program(
+        tmp_path, root, f"exclude=[{evaluated}]", "evaluated=null", "output=new/train.jsonl", "count=340"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "counting has 60 prompts less than its share: all there are outside of the excluded lists",
         "280 prompts in new/train.jsonl; 200 pictures excluded",
     ]
     assert len(read_prompts(tmp_path / "new" / "train.jsonl")) == 280
+
+
+def test_the_evaluation_is_left_out_without_its_list(tmp_path: Path, root: Path, shared: Path) -> None:
+    """By default the 552 pictures that 553 prompts ask for are left out, here where everything there is is taken."""
+    done = program(tmp_path, root, "output=train.jsonl", "count=30000", "shares.single_object=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("prompts in train.jsonl; 552 pictures excluded")
+    # all 80 single objects are evaluated; of 240 counts and 790 colours what is not
+    tags = Counter(prompt.metadata["tag"] for prompt in read_prompts(tmp_path / "train.jsonl"))
+    assert tags["single_object"] == 0 and tags["counting"] == 240 - 80 and tags["colors"] == 790 - 94
+    file = shared / "data" / "geneval_evaluation_metadata.jsonl"
+    if not file.is_file():
+        pytest.skip(f"no GenEval metadata at {file}")
+    assert not of_list(file) & of_list(tmp_path / "train.jsonl")

@@ -110,3 +110,13 @@ def test_devices() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N; got 'gpu'"):
         choose_device("gpu")
+
+
+def test_a_checkpoint_that_changes_after_it_was_hashed_is_refused(world: World) -> None:
+    """Training beside an evaluation writes last.ckpt anew: the images would not be those of the hash."""
+    found = find_subjects(config(world, str(world.checkpoint)), [])
+    assert found.tuned is not None
+    found.tuned.load(torch.device("cpu"))
+    write_run(world, seed=1)
+    with pytest.raises(ValueError, match=r"last.ckpt has changed since it was hashed.*evaluate the copy"):
+        found.tuned.load(torch.device("cpu"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,73 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from stage import launch
+from stage import launch, sweep_file
+from stage.sweep_file import command, faults, load, points
 from tests.test_conf import EXPERIMENTS, all_faults, composed
 
 SWEEPS = EXPERIMENTS.parent / "sweeps"
 FILES = sorted(SWEEPS.glob("*.yaml"))
-# The keys of W&B's sweep configuration: docs.wandb.ai/models/sweeps/define-sweep-configuration.
-TOP = {
-    "program",
-    "entity",
-    "project",
-    "description",
-    "name",
-    "method",
-    "metric",
-    "parameters",
-    "early_terminate",
-}
-TOP |= {"command", "run_cap"}
-METRICS = re.compile(r"(validation/(reward|strict)|reward/\w+)")
-
-
-def faults(sweep: Mapping[str, Any]) -> Iterator[str]:
-    """What W&B would refuse, silently ignore, or run without an objective."""
-    for key in sorted(set(sweep) - TOP):
-        yield f"{key} is no key of a sweep"
-    for key in sorted(
-        {"program", "method", "metric", "parameters", "command", "name", "project"} - set(sweep)
-    ):
-        yield f"{key} is missing"
-    if sweep.get("method") != "grid":
-        yield "method: only a grid has points to list"
-    for name, parameter in sweep.get("parameters", {}).items():
-        if not isinstance(parameter, Mapping) or set(parameter) not in ({"values"}, {"value"}):
-            yield f"{name}: a parameter of a grid has value or values"
-        elif "values" in parameter and (
-            not parameter["values"] or len(set(parameter["values"])) < len(parameter["values"])
-        ):
-            yield f"{name}: values are different and at least one"
-    metric = sweep.get("metric", {})
-    if set(metric) != {"name", "goal"} or metric["goal"] not in ("minimize", "maximize"):
-        yield "metric has a name and a goal, minimize or maximize"
-    elif not METRICS.fullmatch(metric["name"]):
-        yield f"{metric['name']} is no metric that training logs"
-
-
-def load(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def points(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The arguments of each run of a grid."""
-    parameters = {name: p.get("values", [p.get("value")]) for name, p in sweep["parameters"].items()}
-    choices = [[(name, value) for value in values] for name, values in parameters.items()]
-    return [dict(point) for point in itertools.product(*choices)]
-
-
-def command(sweep: Mapping[str, Any], point: Mapping[str, Any]) -> list[str]:
-    """What W&B's agent would start for a point, by W&B's own code."""
-    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils", reason="the extra wandb is not installed")
-    arguments = {name: {"value": value} for name, value in point.items()}
-    values = utils.create_sweep_command_args({"args": arguments})
-    values |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
-    words: list[str] = []
-    for word in utils.create_sweep_command(sweep["command"]):
-        macro = str(word).startswith("${") and str(word).endswith("}")
-        words += values[word[2:-1]] if macro else [str(word)]
-    return words
 
 
 @cache
@@ -143,12 +80,44 @@ def test_the_table_lists_every_sweep() -> None:
         ({}, None),
         ({"paramters": {}}, "paramters is no key of a sweep"),
         ({"method": "bayes"}, "method: only a grid"),
-        ({"metric": {"name": "validation/rewards", "goal": "maximize"}}, "no metric that training logs"),
+        ({"metric": {"name": "loss/total", "goal": "maximize"}}, "no score that training logs"),
         ({"metric": {"name": "validation/reward"}}, "metric has a name and a goal"),
         ({"parameters": {"seed": {"values": [1, 1]}}}, "seed: values are different"),
         ({"parameters": {"seed": {"min": 1, "max": 2}}}, "seed: a parameter of a grid"),
+        (
+            {"command": ["${program}", "output=run", "${args_no_hyphens}"]},
+            "output needs ${oc.env:WANDB_RUN_ID}",
+        ),
+        ({"command": ["${program}", "output=${oc.env:WANDB_RUN_ID}"]}, "${args_no_hyphens} is missing"),
     ],
 )
 def test_the_checker_finds_what_is_planted(changes: dict[str, Any], fault: str | None) -> None:
     found = list(faults({**load(FILES[0]), **changes}))
     assert (not found) if fault is None else (len(found) == 1 and fault in found[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"paramters": {}}, "paramters is no key of a sweep. Known keys are command,"),
+        (
+            {"parameters": {"algorithm.lamda": {"value": 1}}},
+            "algorithm.lamda=1: Could not override 'algorithm.lamda'",
+        ),
+        (
+            {"parameters": {"experiment": {"values": ["tiny_grp"]}}},
+            "experiment=tiny_grp: In 'train': Could not find",
+        ),
+        ({"name": None, "project": None}, "name is missing (and 1 more). Known keys"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    changes: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = {key: value for key, value in {**load(FILES[0]), **changes}.items() if value is not None}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(sweep))
+    with pytest.raises(SystemExit) as caught:
+        sweep_file.main([str(FILES[2]), str(tmp_path / "mine.yaml")])
+    (text,) = str(caught.value.code).splitlines()
+    assert text.startswith(f"error: {tmp_path / 'mine.yaml'}: ") and line in text
+    assert capsys.readouterr().out == f"{FILES[2]}: 30 runs, and every one of them composes\n"

@@ -354,7 +354,7 @@ def test_a_reward_that_dies_leaves_a_run_to_resume(program: Program, tmp_path: P
     process = program.start(*rare, *quiet, "+reward.at=4", "output=cut")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in output
-    said, error = output.rstrip().splitlines()[-3:-1]
+    error, said = output.rstrip().splitlines()[-3:-1]
     assert said.startswith("failed in update 4; update 3 of 5 is saved, go on with: python train.py ")
     assert said.endswith("resume=cut/checkpoints/last.ckpt") and error == "error: the reward servers are gone"
     program(*rare, *quiet, "+reward.at=0", "output=whole")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -66,7 +67,7 @@ class Benchmark:
                 raise ValueError(
                     f"split {split!r} has no prompts; point benchmark.splits.{split} at a prompt file"
                 )
-            texts = [(prompt.text, *self.rows(prompt)) for prompt in prompts]
+            texts = [self.identity(prompt) for prompt in prompts]
             if len(set(texts)) < len(texts):
                 twice = next(text[0] for text in texts if texts.count(text) > 1)
                 raise ValueError(
@@ -78,6 +79,23 @@ class Benchmark:
     def subfolder(self) -> str:
         """The folder of its images and results inside that of the evaluated model."""
         return self.name
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the tokens of its images are kept beside them."""
+        return False
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is about images that models draw."""
+        return True
+
+    def check_models(self, sampler: Mapping[str, Any]) -> None:
+        """Raise ValueError for models or a sampler, by its configuration, that it cannot evaluate."""
+
+    def identity(self, prompt: Prompt) -> tuple[str, ...]:
+        """What no two prompts of a split may have in common: the text first."""
+        return (prompt.text, *self.rows(prompt))
 
     def prompts(self, split: str) -> tuple[Prompt, ...]:
         """The prompts of `split`; ValueError names the splits there are."""

@@ -101,6 +101,11 @@ def numeracy(text: str, plurals: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _plurals(path: str) -> dict[str, str]:
+    if not resolve(path).is_file():
+        raise FileNotFoundError(
+            f"numeracy prompts count objects whose plurals are listed, at {path!r} there is no file; fetch it with "
+            "`python -m stage.benchmarks.fetch t2i_compbench`, or point datasets=FOLDER at a copy"
+        )
     lines = [
         line.split(" - ") for line in resolve(path).read_text(encoding="utf-8").splitlines() if line.strip()
     ]

@@ -1,4 +1,4 @@
-"""An evaluation in two stages on disk: draw the images of each model, then score what lies there and add it up.
+"""Stage one of an evaluation: what is evaluated, and drawing the images of each model that are not on disk yet.
 
 Base and tuned model go through the same lines, with the same prompts and the same uniforms, so that their difference
 is paired.
@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,13 +27,10 @@ from rich.text import Text
 
 from stage.benchmarks.benchmark import Benchmark, Verdict
 from stage.benchmarks.generate import draw
-from stage.benchmarks.images import ImageFolder, Images
-from stage.benchmarks.intervals import Bootstrap
+from stage.benchmarks.images import ImageFolder, Images, Planned
 from stage.benchmarks.share import WHOLE, Share
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
-
-Tables = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,8 @@ class Candidate:
 class Judged:
     """One image with its verdict, a line of `images` in results.json; `file` is an absolute path.
 
-    `plan` is what the model wrote before it, None without reasoning.
+    `rows` are the rows of the table that it counts in, the first of them its `task`. `plan` is what the model wrote
+    before it, None without reasoning.
     """
 
     role: str
@@ -71,9 +67,31 @@ class Judged:
     prompt_id: int
     index: int
     sample: int
-    task: str
+    rows: tuple[str, ...]
     verdict: Verdict
     plan: str | None = None
+
+    @property
+    def task(self) -> str:
+        return self.rows[0]
+
+
+def judged_image(
+    candidate: Candidate, split: str, images: Images, item: Planned, benchmark: Benchmark, verdict: Verdict
+) -> Judged:
+    """The line of an image of `split` that got `verdict`."""
+    return Judged(
+        role=candidate.role,
+        split=split,
+        file=images.folder / item.file,
+        prompt=item.prompt,
+        prompt_id=item.prompt_id,
+        index=item.index,
+        sample=item.sample,
+        rows=tuple(benchmark.rows(benchmark.prompts(split)[item.index])),
+        verdict=verdict,
+        plan=images.load_plan(item),
+    )
 
 
 def open_folders(
@@ -89,6 +107,7 @@ def open_folders(
             {**candidate.settings, "split": split},
             benchmark.prompts(split),
             benchmark.images_per_prompt,
+            benchmark.keeps_tokens,
         )
         for split in benchmark.chosen(splits)
     }
@@ -121,105 +140,10 @@ def draw_missing(
     with console.status(f"{candidate.role}: reading the model"):
         policy = candidate.load()
     started = time.perf_counter()
-    with _progress(f"{candidate.role}: drawing", planned, planned - missing, console) as advance:
+    with progress(f"{candidate.role}: drawing", planned, planned - missing, console) as advance:
         for folder in folders.values():
             draw(policy, sampler, folder, batch_size=batch_size, drawn=advance, share=share)
     return {"images": missing, "seconds": time.perf_counter() - started}
-
-
-def score(
-    candidate: Candidate,
-    folders: Mapping[str, Images],
-    benchmark: Benchmark,
-    *,
-    batch_size: int,
-    console: Console,
-) -> list[Judged]:
-    """Stage two: verdicts on the images that lie in the folders, in the order of their manifests."""
-    group, judged = benchmark.images_per_prompt, []
-    step = max(1, batch_size // group)
-    planned = sum(len(folder.planned) for folder in folders.values())
-    with _progress(f"{candidate.role}: scoring", planned, 0, console) as advance:
-        for split, folder in folders.items():
-            prompts = benchmark.prompts(split)
-            for start in range(0, len(prompts), step):
-                rows = prompts[start : start + step]
-                items = folder.planned[start * group : (start + len(rows)) * group]
-                pixels = torch.from_numpy(np.stack([folder.load(item) for item in items]))
-                found = benchmark.judge(pixels.unflatten(0, (len(rows), group)), rows)
-                verdicts = [verdict for one_prompt in found for verdict in one_prompt]
-                judged += [
-                    Judged(
-                        role=candidate.role,
-                        split=split,
-                        file=folder.folder / item.file,
-                        prompt=item.prompt,
-                        prompt_id=item.prompt_id,
-                        index=item.index,
-                        sample=item.sample,
-                        task=benchmark.task(prompts[item.index]),
-                        verdict=verdict,
-                        plan=folder.load_plan(item),
-                    )
-                    for item, verdict in zip(items, verdicts, strict=True)
-                ]
-                advance(len(items))
-    return judged
-
-
-def add_up(
-    judged: Sequence[Judged], benchmark: Benchmark, splits: Sequence[str], bootstrap: Bootstrap
-) -> dict[str, Tables]:
-    """Scores by split, part and task: `{"validation": {"strict": {"colors": {"base": {mean, low, high}, ...}}}}`.
-
-    Each row has one entry a role and, where both are there, `difference`: tuned minus base, paired by prompt; and
-    `win_rate` where the benchmark asks for it.
-    """
-    parts = list(judged[0].verdict.parts)
-    return {
-        split: {
-            part: _table([item for item in judged if item.split == split], benchmark, split, part, bootstrap)
-            for part in parts
-        }
-        for split in splits
-    }
-
-
-def _table(
-    judged: Sequence[Judged], benchmark: Benchmark, split: str, part: str, bootstrap: Bootstrap
-) -> dict[str, dict[str, Any]]:
-    """The rows of one split and part."""
-    prompts = benchmark.prompts(split)
-    values = {
-        role: _prompt_values([item for item in judged if item.role == role], part, len(prompts))
-        for role in dict.fromkeys(item.role for item in judged)
-    }
-    means = {role: [float(np.mean(group)) for group in groups] for role, groups in values.items()}
-    tasks = {role: benchmark.by_task(prompts, found) for role, found in means.items()}
-    overall = {role: benchmark.overall(tasks[role], found) for role, found in means.items()}
-    columns = {role: bootstrap.table(groups, overall[role]) for role, groups in tasks.items()}
-    if {"base", "tuned"} <= columns.keys():
-        both = (overall["base"], overall["tuned"])
-        columns["difference"] = bootstrap.paired(tasks["base"], tasks["tuned"], both)
-        if benchmark.win_rate:
-            wins = [win_rate(*pair) for pair in zip(values["base"], values["tuned"], strict=True)]
-            rows = benchmark.by_task(prompts, wins)
-            columns["win_rate"] = bootstrap.table(rows, benchmark.overall(rows, wins))
-    found_rows = next(iter(columns.values()))
-    return {task: {column: asdict(table[task]) for column, table in columns.items()} for task in found_rows}
-
-
-def win_rate(base: Sequence[float], tuned: Sequence[float]) -> float:
-    """The share of pairs in which tuned is above base, in [0, 1]; an equal pair counts half."""
-    return float(np.mean((np.sign(np.subtract(tuned, base)) + 1) / 2))
-
-
-def _prompt_values(judged: Sequence[Judged], part: str, prompts: int) -> list[list[float]]:
-    """The values of `part` of the images of each prompt, in file order, samples in order."""
-    values: list[list[float]] = [[] for _ in range(prompts)]
-    for item in sorted(judged, key=lambda item: item.sample):
-        values[item.index].append(item.verdict.parts[part])
-    return values
 
 
 class _Speed(ProgressColumn):
@@ -230,7 +154,7 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def _progress(title: str, total: int, done: int, console: Console) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, done: int, console: Console) -> Iterator[Callable[[int], None]]:
     """A bar with images, speed and time left; yields the function that moves it."""
     columns = (
         TextColumn("{task.description:16}"),
@@ -239,6 +163,6 @@ def _progress(title: str, total: int, done: int, console: Console) -> Iterator[C
         _Speed(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=total, completed=done)
-        yield lambda images: progress.advance(task, images)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda images: bar.advance(task, images)

@@ -4,6 +4,7 @@
     FOLDER/manifest.jsonl    one planned image a line: file, prompt, prompt id, metadata, sample index, seed, checkpoint
     FOLDER/images/00003_1.png    line 3 of the prompt file, sample 1
     FOLDER/plans/00003_1.txt     with reasoning, the words that were written before it
+    FOLDER/tokens/00003_1.npy    where a benchmark scores them, the L image tokens
 
 The manifest is written before the first image, and an image appears under its name only when its bytes are
 complete. So a picture that exists is finished, whatever was killed when, and any process can see what is left to do.
@@ -11,9 +12,11 @@ complete. So a picture that exists is finished, whatever was killed when, and an
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -33,7 +36,7 @@ MANIFEST = "manifest.jsonl"
 class Planned:
     """One line of the manifest: the image `file` (relative to the folder) and everything that identifies it.
 
-    `plan` is the file of its plan, None without reasoning.
+    `plan` is the file of its plan, None without reasoning; `tokens` that of its tokens, None where nobody wants them.
     """
 
     file: str
@@ -45,6 +48,7 @@ class Planned:
     checkpoint: str
     metadata: Mapping[str, Any]
     plan: str | None = None
+    tokens: str | None = None
 
 
 class Images(Protocol):
@@ -71,12 +75,18 @@ class ImageFolder:
         settings: plain values the images depend on; must hold `seed` and `checkpoint`.
         prompts: the prompts of the split, in file order.
         images_per_prompt: samples 0 to images_per_prompt - 1 are planned for each prompt.
+        tokens: whether the tokens of each image are kept beside it.
 
     Raises ValueError when the folder holds images of other settings or prompts.
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], images_per_prompt: int
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        images_per_prompt: int,
+        tokens: bool = False,
     ) -> None:
         self.folder = folder
         reasoning = (settings.get("sampler") or {}).get("reasoning") is not None
@@ -91,6 +101,7 @@ class ImageFolder:
                 checkpoint=settings["checkpoint"],
                 metadata=dict(prompt.metadata),
                 plan=f"plans/{index:05d}_{sample}.txt" if reasoning else None,
+                tokens=f"tokens/{index:05d}_{sample}.npy" if tokens else None,
             )
             for index, prompt in enumerate(prompts)
             for sample in range(images_per_prompt)
@@ -118,6 +129,25 @@ class ImageFolder:
         assert item.plan is not None
         write_atomic(self.folder / item.plan, words.encode())
 
+    def save_tokens(self, item: Planned, tokens: np.ndarray) -> None:
+        """Write the tokens `[L]` of an image; before the image, like its plan."""
+        assert item.tokens is not None
+        buffer = io.BytesIO()
+        np.save(buffer, tokens.astype(np.int32), allow_pickle=False)
+        write_atomic(self.folder / item.tokens, buffer.getvalue())
+
+    def load_tokens(self, item: Planned) -> np.ndarray:
+        """The tokens int64 `[L]` of an image. Raises ValueError where their file is gone or damaged."""
+        assert item.tokens is not None
+        path = self.folder / item.tokens
+        try:
+            return np.load(path, allow_pickle=False).astype(np.int64)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"every image must have its tokens, but {path} cannot be read ({error}); delete "
+                f"{self.folder / item.file} and run the same command again to draw it anew"
+            ) from error
+
     def load_plan(self, item: Planned) -> str | None:
         """The plan of an image, None without reasoning. Raises FileNotFoundError where its file is gone."""
         return None if item.plan is None else (self.folder / item.plan).read_text(encoding="utf-8")
@@ -139,9 +169,11 @@ class ImageFolder:
                 raise self._other(f"{MANIFEST}:{number} is no line of a manifest") from error
         for file, line in lines.items():
             self._same(MANIFEST, old.get(file, line), line)
-        for path in (self.folder / "images").glob("*.png"):
-            if f"images/{path.name}" not in old:
-                raise self._other(f"{MANIFEST} does not say what {path.name} is")
+        there = sorted((self.folder / "images").glob("*.png"))
+        unknown = [path.name for path in there if f"images/{path.name}" not in old]
+        if unknown:
+            others = f" and {len(unknown) - 1} others are" if len(unknown) > 1 else " is"
+            raise self._other(f"{MANIFEST} does not say what {unknown[0]}{others}, of {len(there)} images")
         return {**old, **lines}
 
     def _same(self, name: str, there: str, wanted: str) -> None:
@@ -155,10 +187,44 @@ class ImageFolder:
         return path.read_text(encoding="utf-8")
 
     def _other(self, reason: str) -> ValueError:
+        count = len(list((self.folder / "images").glob("*.png")))
         return ValueError(
-            f"{self.folder} holds images of another evaluation ({reason}); give another folder with output=FOLDER, "
-            "or remove this one"
+            f"{self.folder} holds {count} images of another evaluation ({reason}); give another folder with "
+            "output=FOLDER, or remove this one"
         )
+
+
+def sound(images: Images, items: Sequence[Planned]) -> dict[str, str]:
+    """The sha256 of each image by its file.
+
+    Raises ValueError, with counts, where some are missing, damaged, or of another size than most.
+    """
+    faults: dict[str, list[str]] = {}
+    found, sizes = dict[str, str](), dict[str, tuple[int, int]]()
+    for item in items:
+        try:
+            content = (images.folder / item.file).read_bytes()
+            with Image.open(io.BytesIO(content)) as picture:
+                picture.load()
+                sizes[item.file] = picture.size
+            found[item.file] = hashlib.sha256(content).hexdigest()
+        except FileNotFoundError:
+            faults.setdefault("missing", []).append(item.file)
+        except (OSError, SyntaxError):  # Pillow reports a broken PNG as either
+            faults.setdefault("damaged", []).append(item.file)
+    usual = Counter(sizes.values()).most_common(1)
+    odd = [file for file, size in sizes.items() if size != usual[0][0]]
+    faults |= {"of another size": odd} if odd else {}
+    if faults:
+        listed = "; ".join(
+            f"{len(files)} {kind} ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})"
+            for kind, files in faults.items()
+        )
+        raise ValueError(
+            f"{images.folder} must hold {len(items)} readable images of one size, got {listed}. Nothing was scored; "
+            "delete what is damaged and run the same command again to draw it anew"
+        )
+    return found
 
 
 def load_picture(path: Path, remedy: str) -> np.ndarray:
@@ -184,7 +250,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def _line(item: Planned) -> str:
-    known = {name: value for name, value in asdict(item).items() if name != "plan" or value is not None}
+    optional = ("plan", "tokens")
+    known = {name: value for name, value in asdict(item).items() if name not in optional or value is not None}
     return json.dumps(known, ensure_ascii=False) + "\n"
 
 

@@ -18,6 +18,7 @@ from stage.benchmarks.benchmark import Benchmark
 from stage.benchmarks.evaluation import Candidate, draw_missing, open_folders
 from stage.benchmarks.images import ImageFolder, Images
 from stage.benchmarks.layout import lay_out, lay_out_images
+from stage.benchmarks.models import JudgesModels
 from stage.benchmarks.outside import OutsideFolder
 from stage.benchmarks.share import Share
 from stage.policy.sampler import Sampler
@@ -45,20 +46,16 @@ class Job:
 
 
 def configurations(config: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
-    """One configuration a benchmark: each of `benchmark=[a,b]`, or of a list such as `benchmark=paper`, alone.
+    """One configuration a benchmark: each of `benchmarks=[a,b]`, or of a list such as `benchmark=paper`, alone.
 
     Args:
         config: as composed for the command.
         overrides: the command line; what it says of `benchmark...` beside the choice holds for each of them.
     """
-    chosen = [item for item in overrides if item.startswith(f"{GROUP}=")]
-    value = chosen[-1].partition("=")[2] if chosen else ""
-    names = OmegaConf.select(config, f"{GROUP}.benchmarks")
-    if value.startswith("["):
-        names = [name.strip(" '\"") for name in value.strip("[]").split(",")]
+    names = config.benchmarks or OmegaConf.select(config, f"{GROUP}.benchmarks")
     if names is None:
         return [config]
-    rest = [item for item in overrides if item not in chosen]
+    rest = [item for item in overrides if not item.startswith((f"{GROUP}=", "benchmarks="))]
     return [compose("evaluate", [*rest, f"{GROUP}={name}"]) for name in dict.fromkeys(names)]
 
 
@@ -68,7 +65,7 @@ def open_benchmark(config: DictConfig) -> Benchmark:
     Raises ValueError for prompts that its scorer cannot score.
     """
     node = config[GROUP]
-    if not config.score:
+    if not config.score and "scorer" in node:
         node = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(node, resolve=True)), {"scorer": None})
     benchmark: Benchmark = instantiate(node)
     names = benchmark.chosen(config.splits)
@@ -78,12 +75,18 @@ def open_benchmark(config: DictConfig) -> Benchmark:
 
 
 def of_models(config: DictConfig, benchmark: Benchmark, subjects: Subjects, device: torch.device) -> Job:
-    """Images that models draw; raises ValueError for folders that hold those of other settings."""
+    """Images that models draw; raises ValueError for folders that hold those of other settings.
+
+    And for models or a sampler that the benchmark cannot evaluate.
+    """
+    benchmark.check_models(subjects.sampler)
     candidates = lay_out(
         subjects.models, subjects.sampler, config.seed, device, config.output, benchmark.subfolder
     )
     splits = benchmark.chosen(config.splits)
-    folders = {item.role: open_folders(item, benchmark, splits) for item in candidates}
+    folders = {
+        item.role: open_folders(item, benchmark, splits) if benchmark.draws else {} for item in candidates
+    }
     return Job(config, benchmark, splits, candidates, folders)
 
 
@@ -92,6 +95,11 @@ def of_images(config: DictConfig, benchmark: Benchmark) -> Job:
 
     Raises ValueError for a folder that does not hold exactly the images of the benchmark.
     """
+    if isinstance(benchmark, JudgesModels):
+        raise ValueError(
+            f"benchmark {benchmark.name!r} looks at models, and images of another program come without one; give "
+            "checkpoint=PATH instead of images=FOLDER"
+        )
     asked: Any = config.images
     named = {"images": asked} if isinstance(asked, str) else dict(asked)
     if set(named) not in ({"images"}, {"base", "tuned"}):
@@ -130,9 +138,12 @@ def draw_all(
         for job, spent in zip(jobs, timing, strict=True):
             item = replace(job.candidates[position], load=load)
             folders = {n: f for n, f in job.folders[item.role].items() if isinstance(f, ImageFolder)}
+            if not folders:  # questions, for example
+                continue
             spent[item.role] = draw_missing(
                 item, folders, sampler, batch_size=batch_size, console=console, share=share
             )
+        sampler.release()  # keys, values and the model that they are of: the next one and the scorers need the room
     return timing
 
 

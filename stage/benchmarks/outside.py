@@ -142,10 +142,13 @@ def _own(folder: Path, prompts: Sequence[Prompt]) -> Found:
     found = Found()
     lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
     planned = {str(line["file"]): line for line in map(json.loads, lines)}
+    usual = Counter(str(line.get("checkpoint")) for line in planned.values()).most_common(1)
     for path in _pictures(folder / "images"):
         line = planned.get(f"images/{path.name}")
         if line is None:
             found.fault("not in the manifest", path.name)
+        elif str(line.get("checkpoint")) != usual[0][0]:
+            found.fault("of another checkpoint", f"{path.name} of {str(line.get('checkpoint'))[:8]}")
         elif line["index"] < len(prompts) and line["prompt"] != prompts[line["index"]].text:
             found.fault("of another prompt", f"{path.name} shows {line['prompt']!r}")
         else:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stage.benchmarks import provenance
+from stage.benchmarks.adding import Tables
 from stage.benchmarks.benchmark import Benchmark
-from stage.benchmarks.evaluation import Candidate, Judged, Tables
+from stage.benchmarks.evaluation import Candidate, Judged
 from stage.benchmarks.images import write_atomic
 from stage.benchmarks.intervals import OVERALL
 from stage.code_version import code_record
@@ -140,6 +141,7 @@ def _image_line(item: Judged, folder: Path) -> dict[str, Any]:
         "index": item.index,
         "sample": item.sample,
         "task": item.task,
+        "rows": list(item.rows),
         "parts": dict(item.verdict.parts),
         "reason": item.verdict.reason,
         **({} if item.plan is None else {"plan": item.plan}),

@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from stage.benchmarks.evaluation import add_up, score
+from stage.benchmarks.adding import add_up
+from stage.benchmarks.evaluation import Judged
 from stage.benchmarks.intervals import Bootstrap
-from stage.benchmarks.jobs import Job
+from stage.benchmarks.jobs import GROUP, Job
+from stage.benchmarks.judging import Judging
+from stage.benchmarks.models import JudgesModels
 from stage.benchmarks.results import compose_results, print_published, print_scores, write_results
+from stage.benchmarks.share import Share
+from stage.policy.sampler import Sampler
 from stage.subject import Subjects
 
 
-def score_job(
+def judgings(job: Job) -> list[Judging]:
+    """The images of each model of a job before its scorer; none where the benchmark looks at the models themselves."""
+    if isinstance(job.benchmark, JudgesModels):
+        return []
+    settings = _plain(job.config).get(GROUP, {}).get("scorer")
+    return [Judging(item, job.folders[item.role], job.benchmark, settings) for item in job.candidates]
+
+
+def judge(
+    jobs: Sequence[Job], *, console: Console, share: Share, patience_seconds: float
+) -> list[list[Judging]]:
+    """Let this process judge its share of all jobs; the first waits for the verdicts of the others."""
+    found = [judgings(job) for job in jobs]
+    for job, several in zip(jobs, found, strict=True):
+        for one in several:
+            one.score(batch_size=job.config.batch_size, console=console, share=share)
+    if share.first:
+        share.wait(
+            lambda: sum(one.missing() for several in found for one in several), patience_seconds, "verdicts"
+        )
+    return found
+
+
+def report_job(
     job: Job,
+    found: Sequence[Judging],
     subjects: Subjects | None,
+    sampler: Sampler | None,
     timing: Mapping[str, Mapping[str, float]],
     bootstrap: Bootstrap,
     source: Path,
     console: Console,
 ) -> Path:
-    """Score all images of a job, print its tables and write results.json, whose path is returned.
+    """Add the verdicts of a job up, print its tables and write results.json, whose path is returned.
 
     Args:
-        subjects: the models, None for images of another program.
+        found: as `judge` returned them.
+        subjects: the models, None for images of another program, which have no sampler either.
         timing: of the drawing, by role.
         source: folder of the program, for the commit it stands at.
     """
     benchmark = job.benchmark
-    judged = [
-        line
-        for item in job.candidates
-        for line in score(
-            item, job.folders[item.role], benchmark, batch_size=job.config.batch_size, console=console
+    judged: list[Judged] = [line for one in found for line in one.collect()]
+    if isinstance(benchmark, JudgesModels):
+        assert sampler is not None
+        judged = benchmark.judge_models(
+            job.candidates, job.folders, job.splits, sampler, job.config.batch_size, console
         )
-    ]
     scores = add_up(judged, benchmark, job.splits, bootstrap)
     content = compose_results(
         benchmark=benchmark,
         candidates=job.candidates,
-        config=OmegaConf.to_container(job.config, resolve=True, throw_on_missing=True),  # type: ignore[arg-type]
+        config=_plain(job.config),
         trained_with=None if subjects is None else subjects.trained_with,
         timing=timing,
         scores=scores,
@@ -55,3 +86,7 @@ def score_job(
     template = (job.candidates[-1].settings.get("template") or {}).get("name")
     print_published(scores, benchmark, template, console)
     return path
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]

@@ -22,6 +22,7 @@ class ShapesBenchmark(Benchmark):
         images_per_prompt: int,
         scorer: Scorer | None,
         headline: str,
+        beside: Sequence[str],
     ) -> None:
         super().__init__(
             name=name,
@@ -29,7 +30,7 @@ class ShapesBenchmark(Benchmark):
             images_per_prompt=images_per_prompt,
             scorer=scorer,
             headline=headline,
-            beside=(),
+            beside=beside,
             rows=Key("tag"),
             macro=True,
             win_rate=False,

@@ -1,7 +1,7 @@
-"""The share of the work that one of several processes does, as torchrun tells it: RANK and WORLD_SIZE.
+"""The share of the work that one of several processes does: RANK and WORLD_SIZE of torchrun, or a Lightning strategy.
 
-The processes do not talk to each other. Each draws the images of its own prompts, the first waits until all images are
-on disk and scores them.
+The processes talk to each other through the disk alone. Each draws and scores the images of its own prompts, the first
+waits until all verdicts are there and adds them up.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stage.benchmarks.images import Planned
+from stage.types import Prompt
 
 PAUSE = 0.5  # seconds between two looks at the disk
 
@@ -39,8 +40,12 @@ class Share:
         """The images that this process draws."""
         return tuple(item for item in items if item.index % self.processes == self.rank)
 
-    def wait(self, missing: Callable[[], int], patience_seconds: float) -> None:
-        """Return when no image is missing.
+    def of_prompts(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The lines of a prompt list whose images this process scores: those that it draws."""
+        return [index for index in range(len(prompts)) if index % self.processes == self.rank]
+
+    def wait(self, missing: Callable[[], int], patience_seconds: float, what: str = "images") -> None:
+        """Return when nothing is missing.
 
         Raises:
             TimeoutError: none appeared for `patience_seconds`.
@@ -53,13 +58,38 @@ class Share:
                 left, since = now, time.monotonic()
             elif time.monotonic() - since > patience_seconds:
                 raise TimeoutError(
-                    f"{left} images are missing and none appeared for {patience_seconds:g} s: another of the "
+                    f"{left} {what} are missing and none appeared for {patience_seconds:g} s: another of the "
                     f"{self.processes} processes has stopped. Give the same command again, with any number of "
                     "processes; finished images are kept."
                 )
 
 
 WHOLE = Share(0, 1)
+
+
+def join(processes: int, device: str, environment: Mapping[str, str] = os.environ) -> Share:
+    """The share of this process; starts the others first where `processes` asks Lightning for them.
+
+    Args:
+        processes: of this machine; 1 starts none, and torchrun's count where it started this one.
+        device: `cpu`, or where each process has a GPU of its own.
+
+    Raises:
+        ValueError: less than one process, or several where torchrun has started them already.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}; 1 draws and scores here alone")
+    if processes == 1:
+        return share_of(environment)
+    if "RANK" in environment:
+        raise ValueError(
+            f"torchrun has started the processes already, and processes={processes} asks for more; leave one of the two"
+        )
+    from lightning.fabric import Fabric  # not for those who ask for help
+
+    fabric = Fabric(accelerator="cpu" if device == "cpu" else "auto", devices=processes, strategy="ddp")
+    fabric.launch()
+    return Share(fabric.global_rank, fabric.world_size)
 
 
 def share_of(environment: Mapping[str, str] = os.environ) -> Share:
@@ -73,10 +103,15 @@ def share_of(environment: Mapping[str, str] = os.environ) -> Share:
 
 
 def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`cuda:N` for `auto` or `cuda` on process N of this machine, where several run and have a GPU each."""
+    """`cuda:N` for `auto` or `cuda` on process N of this machine, where several run and have a GPU each.
+
+    That GPU is also what a scorer on `cuda` then runs on.
+    """
     import torch
 
     local = environment.get("LOCAL_RANK")
     if local is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
-    return f"cuda:{int(local) % torch.cuda.device_count()}"
+    index = int(local) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"

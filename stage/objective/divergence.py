@@ -10,6 +10,8 @@ from the policy, differ most in their gradient when they stand in a loss, on pol
     k1    value unbiased, gradient 0: it constrains nothing, and adds noise
     k2    value biased, gradient that of KL(policy || reference)
     k3    value unbiased, gradient that of KL(reference || policy)
+
+Divergences of whole distributions, without this noise, are in distributions.py.
 """
 
 from __future__ import annotations
@@ -89,6 +91,11 @@ class Clipped:
             raise ValueError(
                 f"a clipped divergence needs a bound above 0 nats, got {self.most}; verl's is 10"
             )
+
+    @property
+    def compared(self) -> Any:
+        """What tokens must be scored with for the divergence that is cut (distributions.py), or None."""
+        return getattr(self.of, "compared", None)
 
     def __call__(self, *, scores: TokenScores, reference: TokenScores) -> Tensor:
         """`[P, G, L]`, nats."""

@@ -14,9 +14,10 @@ For one group, with samples i and positions t (STAGE, arXiv 2509.25027; all off 
     loss  = mean over groups of pg + β kl
 
 What other objectives change: the baseline (baselines.py), the ratio (ratios.py), the estimator of the KL and a bound
-on it (divergence.py), its coefficient over the updates (`beta_schedule`), the divisors (aggregation.py), which tokens
-count at all (critical.py), and a term on the entropy itself (penalty.py). Each is a slot, so each combines with
-STAGE's three switches; what does not fit raises when the objective is built.
+on it (divergence.py) or whole distributions in its place (distributions.py), its coefficient over the updates
+(`beta_schedule`), the divisors (aggregation.py), which tokens count at all (critical.py), and a term on the entropy
+itself (penalty.py). Each is a slot, so each combines with STAGE's three switches; what does not fit raises when the
+objective is built.
 
 With reasoning, a rollout has plans, and the loss of their tokens is added with a weight      plan.py
 
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +87,8 @@ class Objective:
     Any callable that takes its keywords fits a slot; one with a method `check(switches)` gets all switches
     above as a mapping when the objective is built and raises ValueError where it cannot work with them. An advantage
     with a method `at(update)` is asked for the one of each rollout. A slot with a true `needs_reference` makes rollouts
-    hold reference scores, and token weights with `features` name the method of the policy that gives their `codes`.
+    hold reference scores, and token weights with `features` name the method of the policy that gives their `codes`. A
+    divergence with `compared` has tokens scored with it, see distributions.py.
 
     Raises:
         ValueError: a switch out of range, or a slot that cannot be called as above or work with the switches.
@@ -155,6 +158,13 @@ class Objective:
         reweighted = self.reweight_advantage or self.reweight_kl
         return getattr(self.token_weights, "features", "codes") if reweighted else "codes"
 
+    @property
+    def compared(self) -> Any:
+        """How whole distributions of policy and reference are compared while tokens are scored, None where they are
+        not; see distributions.py.
+        """
+        return getattr(self.divergence, "compared", None) if self.beta != 0 else None
+
     @torch.no_grad()
     def credit(self, rollout: Rollout) -> tuple[Credit, Metrics]:
         """Advantages, token weights and divisors of a rollout, and its metrics as floats (one device sync).
@@ -194,7 +204,9 @@ class Objective:
             similarity=weights.similarity.to(dtype) if weights else None,
             old_logps=old,
             reference=rollout.reference
-            and map_tensors(rollout.reference, lambda score: score.detach().to(dtype)),
+            and map_tensors(
+                replace(rollout.reference, features=None), lambda score: score.detach().to(dtype)
+            ),
             divisors=self.aggregation(weights=token_weights, like=old).to(dtype),
             kl_divisors=self.aggregation(weights=mask, like=old).to(dtype),
             num_groups=groups,
@@ -248,7 +260,8 @@ class Objective:
         policy = -gain
         metrics = policy_metrics(scores, surrogate, credit)
         total = policy
-        if self.divergence is not None and credit.reference is not None:
+        if self._compares and credit.reference is not None:
+            assert self.divergence is not None
             divergence = self.divergence(scores=scores, reference=credit.reference)
             if self.beta != 0:
                 kl = mean_over_groups(divergence, credit.kl_weights, credit.kl_divisors, credit.num_groups)
@@ -283,7 +296,8 @@ class Objective:
             clip_high=self.clip_high,
         )
         divergence = None
-        if self.divergence is not None and plan.reference_logps is not None:
+        if self._compares and plan.reference_logps is not None:
+            assert self.divergence is not None
             reference = TokenScores(plan.reference_logps, scores.plan.entropy)
             divergence = self.divergence(scores=scores.plan, reference=reference)
         loss = plan_loss(
@@ -304,6 +318,13 @@ class Objective:
             num_samples=credit.num_groups * credit.group_size,
         )
         return loss, {"plan/loss": loss.detach(), **metrics}
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the divergence is computed: where β is 0 for the log alone, if that costs nothing."""
+        return self.divergence is not None and (
+            self.beta != 0 or getattr(self.divergence, "compared", None) is None
+        )
 
     def _advantages(self, rollout: Rollout) -> Advantages:
         bonus = None

@@ -47,7 +47,11 @@ def work(config: DictConfig) -> int:
     )
     outcome = pool.work()
     if file is not None:
-        for part in archive.pack(runs, output, file, config.archive_mebibytes, config.archive_weights):
+        if config.archive_thin:
+            parts = [archive.pack_thin(runs, file)]
+        else:
+            parts = archive.pack(runs, output, file, config.archive_mebibytes, config.archive_weights)
+        for part in parts:
             say(f"{part.stat().st_size / archive.MEBIBYTE:.1f} MiB in {launch.short(part)}")
     for name, reason in outcome.failed.items():
         say(f"failed: {name}: {reason}")

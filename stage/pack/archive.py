@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from collections.abc import Iterator, Sequence, Set
@@ -11,11 +12,26 @@ from typing import Any
 import torch
 
 from stage.pack.plan import LAST, PackedRun
+from stage.pack.thin import thin
 from stage.training_checkpoint import read_training_checkpoint
 
 FILES = ("config.yaml", "code.json", "metrics.csv", "reward.json", "packed.json", "console.log")
 MEBIBYTE = 2**20
 DROPPED = ("optimizer_states", "lr_schedulers", "loops")  # of a checkpoint that is only looked at
+
+
+def pack_thin(runs: Sequence[PackedRun], file: Path) -> Path:
+    """Write what `stage.pack.thin` leaves of the runs; the same runs give the same bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        file.open("wb") as stream,
+        gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as squeezed,
+        tarfile.open(fileobj=squeezed, mode="w") as archive,
+    ):
+        for run in runs:
+            for name, content in thin(run):
+                _add(archive, f"{run.name}/{name}", content)
+    return file
 
 
 def pack(
@@ -79,13 +95,17 @@ def _part(
             for member in members(run, run.name in beginnings):
                 archive.add(member, member.relative_to(output).as_posix(), recursive=False)
             if run.name in weights and (run.folder / LAST).is_file():
-                content = trained_weights(run.folder / LAST)
-                entry = tarfile.TarInfo((run.folder / LAST).relative_to(output).as_posix())
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
+                name = (run.folder / LAST).relative_to(output).as_posix()
+                _add(archive, name, trained_weights(run.folder / LAST))
             stream.flush()
             largest = max(largest, stream.tell() - before, 1)
     return waiting
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def members(run: PackedRun, beginning: bool) -> Iterator[Path]:

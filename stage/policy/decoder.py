@@ -6,7 +6,7 @@ and the attention with its cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers import LlamaModel
 
 from stage.policy.janus import JanusPolicy
-from stage.policy.rollout_weights import Affine, RolloutWeights
+from stage.policy.rollout_weights import Affine, RolloutWeights, VisitingWeights
+
+Weights = RolloutWeights | VisitingWeights
 
 
 class Operations(Protocol):
@@ -64,14 +66,14 @@ def torch_operations(model: LlamaModel) -> TorchOperations:
 
 
 def run_layers(
-    weights: RolloutWeights, hidden: Tensor, attend: Callable[[int, Tensor], Tensor], operations: Operations
+    weights: Weights, hidden: Tensor, attend: Callable[[int, Tensor], Tensor], operations: Operations
 ) -> Tensor:
     """Normalised last hidden states `[M, D]` of M tokens with embeddings `hidden` `[M, D]`.
 
     `attend(layer, qkv)` takes queries, keys and values `[M, (heads + 2 kv heads) D]` of a layer and returns
     `[M, heads * D]`.
     """
-    layers = weights.layers
+    layers: Sequence[Any] = weights.layers
     following = [*(layer.attention_norm for layer in layers[1:]), weights.norm]
     normed = operations.norm(hidden, layers[0].attention_norm)
     for index, layer in enumerate(layers):
@@ -143,7 +145,7 @@ class Prefill:
         keys_values: a layer, `[U, T, 2, kv heads, D]`, rotated keys before values.
     """
 
-    def __init__(self, model: LlamaModel, weights: RolloutWeights, prefixes: Prefixes) -> None:
+    def __init__(self, model: LlamaModel, weights: Weights, prefixes: Prefixes) -> None:
         config: Any = model.config
         self.heads, self.kv_heads, self.size = (
             config.num_attention_heads,
@@ -186,7 +188,7 @@ class Prefill:
         return rotate(turned, cos, sin), values
 
 
-def image_logits(policy: JanusPolicy, hidden: Tensor, guidance_scale: float) -> Tensor:
+def image_logits(policy: JanusPolicy, hidden: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Guided logits of hidden states, in their type; see `JanusPolicy.image_logits`."""
     weight: Tensor = next(policy.model.model.generation_head.parameters())
     # Where weights are kept in a wider type than the sampler computes in, autocast narrows those of the head.
@@ -201,7 +203,7 @@ class CachedDecoder:
     Nothing of it is a module or a buffer: no checkpoint and no copy of a policy holds it.
     """
 
-    def __init__(self, model: LlamaModel, weights: RolloutWeights, prefixes: Prefixes) -> None:
+    def __init__(self, model: LlamaModel, weights: Weights, prefixes: Prefixes) -> None:
         self.prefill = Prefill(model, weights, prefixes)
         self.weights, self.prefixes = weights, prefixes
         self.operations = torch_operations(model)

@@ -13,15 +13,21 @@ from stage.policy.plans import check_planner, draw_plans, plan_prompt
 from stage.policy.sampler import Sampler, uniforms
 from stage.types import PromptTokens, Samples, map_tensors
 
-PLANS = 1  # domain of the uniforms behind plans; those of images have domain 0
+# Domains of the uniforms behind plans and behind settings that vary; those of images have domain 0.
+PLANS, SETTINGS = 1, 2
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Uniform numbers behind samples: `image` `[P, G, L]`, and with reasoning `plan` `[P, G, R]`."""
+    """Uniform numbers behind samples: `image` `[P, G, L]`, and with reasoning `plan` `[P, G, R]`.
+
+    `guidance_scale` and `temperature` `[P, G]` are those of each sample where they vary.
+    """
 
     image: Tensor
     plan: Tensor | None = None
+    guidance_scale: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 def reasons(sampler: Any) -> bool:
@@ -42,14 +48,30 @@ def tokenize(policy: JanusPolicy, sampler: Sampler, texts: Sequence[str]) -> Pro
 
 
 def noise(
-    policy: JanusPolicy, sampler: Sampler, seed: int, update: int, prompt_ids: Sequence[int], group: int
+    policy: JanusPolicy,
+    sampler: Sampler,
+    seed: int,
+    update: int,
+    prompt_ids: Sequence[int],
+    group: int,
+    *,
+    vary: bool = False,
 ) -> Noise:
-    """The uniforms of `group` samples of each prompt; see `stage.policy.sampler.uniforms`."""
+    """The uniforms of `group` samples of each prompt; see `stage.policy.sampler.uniforms`.
+
+    With `vary`, as in training, a sampler's `variation` draws guidance and temperature of each; validation, evaluation
+    and pictures are drawn at the sampler's own.
+    """
     image = uniforms(seed, update, prompt_ids, group, policy.num_image_tokens)
-    if not reasons(sampler):
-        return Noise(image)
-    assert sampler.max_plan_tokens is not None
-    return Noise(image, uniforms(seed, update, prompt_ids, group, sampler.max_plan_tokens, domain=PLANS))
+    plan = scale = temperature = None
+    if reasons(sampler):
+        assert sampler.max_plan_tokens is not None
+        plan = uniforms(seed, update, prompt_ids, group, sampler.max_plan_tokens, domain=PLANS)
+    variation = getattr(sampler, "variation", None) if vary else None
+    if variation is not None:
+        numbers = uniforms(seed, update, prompt_ids, group, 2, domain=SETTINGS)
+        scale, temperature = variation(numbers, sampler.guidance_scale, sampler.temperature)
+    return Noise(image, plan, scale, temperature)
 
 
 def draw(policy: JanusPolicy, sampler: Sampler, prompt: PromptTokens, found: Noise) -> Samples:
@@ -61,11 +83,14 @@ def draw(policy: JanusPolicy, sampler: Sampler, prompt: PromptTokens, found: Noi
 
     Raises what the sampler and `draw_plans` raise.
     """
+    given = (("guidance_scale", found.guidance_scale), ("temperature", found.temperature))
+    varied: dict[str, Any] = {name: values for name, values in given if values is not None}
     if found.plan is None:
-        return sampler(policy, prompt, found.image)
+        return replace(sampler(policy, prompt, found.image, **varied), **varied)
     assert sampler.plan_temperature is not None
     plans = draw_plans(policy, prompt, found.plan, sampler.plan_temperature)
     rows = policy.with_plans(prompt, plans)
-    samples = sampler(policy, rows, found.image.flatten(0, 1).unsqueeze(1))
+    alone = {name: values.view(-1, 1) for name, values in varied.items()}
+    samples = sampler(policy, rows, found.image.flatten(0, 1).unsqueeze(1), **alone)
     shape = found.image.shape
-    return replace(map_tensors(samples, lambda part: part.view(shape)), plans=plans)
+    return replace(map_tensors(samples, lambda part: part.view(shape)), plans=plans, **varied)

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 
-def inverse_cdf(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def inverse_cdf(logits: Tensor, draws: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """Tokens `[N]` of softmax(logits / temperature) and their log-probabilities `[N]`.
 
     Args:
         logits: float32 `[N, V]`.
         draws: uniform numbers `[N]` in [0, 1).
-        temperature: 0 takes the most likely token, with log-probability 0.
+        temperature: 0 takes the most likely token, with log-probability 0; a tensor has one above 0 for each row.
     """
+    if isinstance(temperature, Tensor):
+        logits, temperature = logits / temperature.view(-1, 1), 1.0
     if temperature == 0:
         best, token = logits.max(-1)
         return token, best - best  # zero, or NaN where the logits are

@@ -25,7 +25,7 @@ from stage.policy.decoder import (
     torch_operations,
 )
 from stage.policy.janus import JanusPolicy
-from stage.policy.rollout_weights import Affine, RolloutWeights
+from stage.policy.rollout_weights import Affine, RolloutWeights, rollout_weights
 from stage.policy.triton_draw import draw
 from stage.policy.triton_linear import MAX_ROWS, linear_parts
 
@@ -35,15 +35,18 @@ WARM_UP = 2  # tokens run before capture: kernels are compiled and libraries mak
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is captured for: R rows, N images of L tokens, at most U prefixes of `prefix_room` tokens."""
+    """What a graph is captured for: R rows, N images of L tokens, at most U prefixes of `prefix_room` tokens.
+
+    Guidance scale and temperature are None where each image has its own, in a buffer that the graph reads.
+    """
 
     rows: int
     images: int
     length: int
     prefixes: int
     prefix_room: int
-    guidance_scale: float
-    temperature: float
+    guidance_scale: float | None
+    temperature: float | None
     dtype: torch.dtype
 
 
@@ -106,9 +109,16 @@ class GraphedDecoder:
         self.tokens = integers(shape.images, shape.length)
         self.logps = torch.zeros(shape.images, shape.length, device=device)
         self.uniforms = torch.zeros(shape.images, shape.length, dtype=torch.float64, device=device)
+        self.scales, self.temperatures = torch.ones(2, shape.images, device=device)
 
-    def run(self, prefixes: Prefixes, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, prefixes: Prefixes, uniforms: Tensor, scales: float | Tensor, temperatures: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`; `prefixes` has the rows of the shape."""
+        if isinstance(scales, Tensor):
+            self.scales.copy_(scales)
+        if isinstance(temperatures, Tensor):
+            self.temperatures.copy_(temperatures)
         self.table.copy_(self.policy.image_embeddings())
         self.uniforms.copy_(uniforms)
         hidden = self._prefill(prefixes)
@@ -163,8 +173,11 @@ class GraphedDecoder:
         )
 
     def _draw(self, hidden: Tensor) -> None:
-        logits = image_logits(self.policy, hidden, self.shape.guidance_scale)
-        draw(logits, self.uniforms, self.counters[1:], self.shape.temperature, self.tokens, self.logps)
+        scale, temperature = self.shape.guidance_scale, self.shape.temperature
+        logits = image_logits(self.policy, hidden, self.scales if scale is None else scale)
+        if temperature is None:
+            logits, temperature = logits.float() / self.temperatures[:, None], 1.0
+        draw(logits, self.uniforms, self.counters[1:], temperature, self.tokens, self.logps)
 
     def _captured(self) -> Callable[[], None]:
         """`_token` as a graph, recorded the first time. What it writes while it warms up is written again later."""
@@ -211,25 +224,37 @@ class GraphedDecoders:
         policy: JanusPolicy,
         prefixes: Prefixes,
         uniforms: Tensor,
-        guidance_scale: float,
-        temperature: float,
+        guidance_scale: float | Tensor,
+        temperature: float | Tensor,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`, with the weights of this moment."""
+        """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`, with the weights of this moment.
+
+        Guidance scale and temperature may be `[N]`, one an image.
+        """
         images, length = uniforms.shape
         rows = len(prefixes.of_row)
         room = -(-prefixes.mask.shape[1] // PREFIX_STEP) * PREFIX_STEP
-        shape = Shape(rows, images, length, prefixes.at_most, room, guidance_scale, temperature, dtype)
-        return self._decoder(policy, shape).run(prefixes, uniforms)
+        scale = None if isinstance(guidance_scale, Tensor) else guidance_scale
+        heat = None if isinstance(temperature, Tensor) else temperature
+        shape = Shape(rows, images, length, prefixes.at_most, room, scale, heat, dtype)
+        return self._decoder(policy, shape).run(prefixes, uniforms, guidance_scale, temperature)
 
     def _decoder(self, policy: JanusPolicy, shape: Shape) -> GraphedDecoder:
         head = tuple(parameter.data_ptr() for parameter in policy.model.model.generation_head.parameters())
         if self._kept is not None:
             known, addresses, decoder = self._kept
-            if known is policy and addresses == head and decoder.shape == shape and decoder.weights.refresh():
+            if known is policy and addresses == head and decoder.shape == shape and _current(policy, decoder):
                 return decoder
             self._kept = None
             del decoder
-        weights = RolloutWeights(policy.language_model, shape.dtype)
+        weights = rollout_weights(policy, shape.dtype)
+        assert isinstance(weights, RolloutWeights)  # others are decoded without a graph
         self._kept = policy, head, GraphedDecoder(policy, weights, shape)
         return self._kept[2]
+
+
+def _current(policy: JanusPolicy, decoder: GraphedDecoder) -> bool:
+    """Whether a decoder has the weights of this moment, once it has taken over those that are not gathered for it."""
+    brought = policy.rollout_weights
+    return decoder.weights.refresh() if brought is None else decoder.weights is brought

@@ -12,19 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor, LlamaModel
 
+from stage.objective.distributions import Comparison, linear_divergence
 from stage.objective.logprobs import linear_token_scores
 from stage.paths import model_folder
+from stage.policy import pictures
 from stage.policy.attention import check_attention, set_attention
 from stage.policy.checkpoint import read_checkpoint, resolve_dtype
 from stage.policy.lora import Lora, NoAdapter
 from stage.policy.plan_layout import append_plans, before_plans
 from stage.policy.template import Template
 from stage.types import Plans, PromptTokens, TokenScores, map_tensors
-
-# Pixels that go through the VQ decoder together. A CPU is fastest while the activations stay in its cache: 64
-# images of 96 pixels took half the time in chunks of 3 to 8 that they took at once. A GPU wants to be filled.
-DECODE_PIXELS = {"cpu": 2**15, "cuda": 2**20}
-DECODE_IMAGES = 64  # and never more: a chunk is always full
 
 
 def load_policy(
@@ -77,8 +74,11 @@ class JanusPolicy(nn.Module):
     """Tokenizes prompts, scores image tokens with gradient, and decodes them to images.
 
     Attributes:
+        rollout_weights: what a sampler reads in place of the parameters (`stage.policy.gathered`), None for these.
         grid: image tokens a side; num_image_tokens: L = grid², codebook_size: V, image_size: pixels a side.
     """
+
+    rollout_weights: Any = None
 
     def __init__(
         self,
@@ -200,34 +200,37 @@ class JanusPolicy(nn.Module):
         """Positions `[R, S]` of rows with a mask `[R, S]`, as the template's padding counts them."""
         return self.template.padding.positions(mask)
 
-    def prompt_rows(self, prompt: PromptTokens, guidance_scale: float) -> tuple[Tensor, Tensor]:
+    def prompt_rows(self, prompt: PromptTokens, guidance_scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings `[R, T, D]` and mask `[R, T]` of the prompt rows.
 
-        R is P at guidance 1; above, R is 2P with the conditional rows first. Below 1 it raises ValueError.
+        R is P at guidance 1; above, or with a tensor, 2P with the conditional rows first. Below 1 it raises ValueError.
         """
-        if not guidance_scale >= 1:
+        varied = isinstance(guidance_scale, Tensor)
+        if not varied and not guidance_scale >= 1:
             raise ValueError(
                 f"guidance_scale must be at least 1, where 1 is no guidance; got {guidance_scale}. "
                 "Set 1.0 for the conditional distribution."
             )
-        if guidance_scale == 1:
+        if not varied and guidance_scale == 1:
             ids, mask = prompt.ids, prompt.mask
         else:
             free = prompt.mask if prompt.unconditional_mask is None else prompt.unconditional_mask
             ids, mask = torch.cat([prompt.ids, prompt.unconditional_ids]), torch.cat([prompt.mask, free])
         return self.model.get_input_embeddings()(ids), mask
 
-    def head_features(self, hidden: Tensor, guidance_scale: float) -> Tensor:
+    def head_features(self, hidden: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """Input of the last image head layer, guided: `[R, ..., D]` to `[R, ..., D]`, or `[R/2, ..., D]` above 1.
 
-        Guidance is u + s (c - u) of conditional and unconditional logits. The last layer is affine, and the
-        weights s and 1 - s add to one, so guiding its input gives the same logits for half the work.
+        A tensor is a scale a row. Guidance is u + s (c - u) of conditional and unconditional logits. The last layer is
+        affine, and the weights s and 1 - s add to one, so guiding its input gives the same logits for half the work.
         """
         head = self.model.model.generation_head
         features = head.activation_fn(head.proj_out(hidden))
-        if guidance_scale == 1:
+        if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
             return features
         conditional, unconditional = features.float().chunk(2)
+        if isinstance(guidance_scale, Tensor):
+            guidance_scale = guidance_scale.float().view(-1, *(1 for _ in features.shape[1:]))
         return torch.lerp(unconditional, conditional, guidance_scale).to(features.dtype)
 
     @torch.no_grad()
@@ -237,7 +240,7 @@ class JanusPolicy(nn.Module):
             torch.arange(self.codebook_size, device=self.device)
         )
 
-    def image_logits(self, hidden: Tensor, guidance_scale: float) -> Tensor:
+    def image_logits(self, hidden: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """Guided logits `[R, ..., V]` of hidden states `[R, ..., D]`; above guidance 1 `[R/2, ..., V]`."""
         return self.model.model.generation_head.vision_head(self.head_features(hidden, guidance_scale))
 
@@ -246,22 +249,25 @@ class JanusPolicy(nn.Module):
         prompt: PromptTokens,
         tokens: Tensor,
         *,
-        guidance_scale: float,
-        temperature: float,
+        guidance_scale: float | Tensor,
+        temperature: float | Tensor,
         plans: Plans | None = None,
         plan_temperature: float | None = None,
+        compare: Comparison | None = None,
+        keep_features: bool = False,
     ) -> TokenScores:
-        """Teacher-forced scores of `tokens` `[P, G, L]`: logps `[P, G, L]` with gradient, entropy without.
+        """Teacher-forced scores of `tokens` `[P, G, L]`: logps and entropy `[P, G, L]`, both with gradient.
 
         Both are of softmax(logits / temperature), where logits are conditional at `guidance_scale` 1 (no
-        unconditional row is computed) and guided above. With `plans` of the same samples, `prompt` ends where they
-        begin, and their tokens are scored by the same forward: logits of the text head / `plan_temperature`, never
-        guided.
+        unconditional row is computed) and guided above; either may be `[P, G]`, one a sample. `compare` adds the
+        divergence of the whole distributions, `keep_features` what another policy is compared with. With `plans` of
+        the same samples, `prompt` ends where they begin, and their tokens are scored by the same forward: logits of
+        the text head / `plan_temperature`, never guided.
 
         Raises ValueError for a guidance scale below 1, a temperature that is not positive, or tokens of another
         number of prompts or image tokens.
         """
-        if not temperature > 0:
+        if not isinstance(temperature, Tensor) and not temperature > 0:
             raise ValueError(
                 f"temperature must be positive to score tokens; got {temperature}. Set 1.0 for the model's own."
             )
@@ -273,15 +279,26 @@ class JanusPolicy(nn.Module):
             )
         if plans is not None:
             prompt = self.with_plans(prompt, plans)
+        guidance_scale = guidance_scale.flatten() if isinstance(guidance_scale, Tensor) else guidance_scale
+        temperature = temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
         hidden = self._hidden_states(prompt, tokens.flatten(0, 1), guidance_scale)
-        last = self.model.model.generation_head.vision_head
+        layer = self.last_layer()
         features = self.head_features(hidden[:, -length:], guidance_scale)
-        scores = linear_token_scores(features, last.weight, last.bias, tokens.flatten(0, 1), temperature)
+        scores = linear_token_scores(features, *layer, tokens.flatten(0, 1), temperature)
+        if compare is not None:
+            scores = replace(scores, divergence=linear_divergence(features, *layer, compare, temperature))
+        if keep_features:
+            scores = replace(scores, features=features.detach())
         if plans is not None:
             scores = replace(scores, plan=self._score_plans(hidden, prompt, plans, plan_temperature))
         return map_tensors(scores, lambda part: part.unflatten(0, (prompts, group)))
 
     forward = score
+
+    def last_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, D]` and bias `[V]` (or None) of the layer that makes logits of `head_features`."""
+        layer = self.model.model.generation_head.vision_head
+        return layer.weight, layer.bias
 
     def with_plans(self, prompt: PromptTokens, plans: Plans) -> PromptTokens:
         """Rows `[P * G, T']` of prompt, plan and image start token: what stands before each image."""
@@ -291,7 +308,7 @@ class JanusPolicy(nn.Module):
         """Logits over the text vocabulary `[..., W]` of hidden states `[..., D]`."""
         return self.model.lm_head(hidden)
 
-    def _hidden_states(self, prompt: PromptTokens, tokens: Tensor, guidance_scale: float) -> Tensor:
+    def _hidden_states(self, prompt: PromptTokens, tokens: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """Last hidden states `[R, T + L - 1, D]` of prompts followed by images `[N, L]` without their last token.
 
         N is a multiple of the P prompts, the images of a prompt beside each other. R is N, or 2N above guidance 1,
@@ -319,29 +336,11 @@ class JanusPolicy(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens `[P, G, L]` to uint8 images `[P, G, H, W, 3]`, with the arithmetic of the processor's postprocess.
-
-        The VQ model gives pixels x; the image is the integer part of 255 (x std + mean), clipped to [0, 255].
-        """
+        """Tokens `[P, G, L]` to uint8 images `[P, G, H, W, 3]`, with the arithmetic of the processor's postprocess."""
         prompts, group, _ = self._check_tokens(tokens)
-        flat = tokens.flatten(0, 1)
-        size = DECODE_PIXELS.get(tokens.device.type, 2**20) // self.image_size**2
-        size = min(max(1, size), DECODE_IMAGES)
-        # The last chunk is filled up: a convolution of another batch size may round otherwise, and an image must not
-        # depend on how many are decoded with it.
-        filled = torch.cat([flat, flat[-1:].expand(-len(flat) % size, -1)])
-        images = torch.cat([self._decode(part) for part in filled.split(size)])
-        return images[: len(flat)].unflatten(0, (prompts, group))
-
-    def _decode(self, tokens: Tensor) -> Tensor:
-        vq = self.model.model.vqmodel
-        latent = vq.post_quant_conv(vq.quantize.get_codebook_entry(tokens))
-        # Channels last: convolutions take two thirds of the time on a CPU, and the output is wanted so anyway.
-        latent = latent.contiguous(memory_format=torch.channels_last)
-        pixels = vq.decoder(latent).float().permute(0, 2, 3, 1)
-        mean = pixels.new_tensor(self.image_processor.image_mean)
-        std = pixels.new_tensor(self.image_processor.image_std)
-        return ((pixels * std + mean) * 255).clamp(0, 255).to(torch.uint8)
+        flat, vq = tokens.flatten(0, 1), self.model.model.vqmodel
+        images = pictures.decoded(vq, self.image_processor, flat, self.image_size)
+        return images.unflatten(0, (prompts, group))
 
     def codes(self, tokens: Tensor) -> Tensor:
         """Unit codebook vectors `[P, G, L, C]` of tokens `[P, G, L]`, float32, as the VQ decoder sees them."""
@@ -355,12 +354,9 @@ class JanusPolicy(nn.Module):
         A codebook vector is the same wherever its token stands; a feature has seen the tokens around it.
         """
         prompts, group, _ = self._check_tokens(tokens)
-        vq = self.model.model.vqmodel
-        found = []
-        for part in tokens.flatten(0, 1).split(DECODE_IMAGES):
-            latent = vq.post_quant_conv(vq.quantize.get_codebook_entry(part))
-            found.append(vq.decoder.mid(vq.decoder.conv_in(latent)).flatten(2).transpose(1, 2).float())
-        return torch.cat(found).unflatten(0, (prompts, group))
+        return pictures.features(self.model.model.vqmodel, tokens.flatten(0, 1)).unflatten(
+            0, (prompts, group)
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configs, tokenizer and processor in the transformers layout that `load_policy` reads."""

@@ -7,7 +7,7 @@ adapter is attached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,19 +124,19 @@ def has_adapters(policy: nn.Module) -> bool:
     return next(_layers(policy), None) is not None
 
 
-def merged_weight(module: nn.Module) -> Tensor:
+def merged_weight(module: nn.Module, read: Callable[[Tensor], Tensor] = lambda weight: weight) -> Tensor:
     """The effective weight `[out, in]` of a linear layer, in the type of its base weight.
 
     With an adapter that is W + (alpha / rank) B A, summed in float32 and rounded once; without one, or with adapters
-    off, the layer's own weight (not a copy).
+    off, the layer's own weight (not a copy). `read` gives the values of a parameter, where they are sharded.
     """
     layer: Any = module
     if not hasattr(layer, "lora_A"):
-        return layer.weight
-    weight: Tensor = layer.base_layer.weight
+        return read(layer.weight)
+    weight = read(layer.base_layer.weight)
     if layer.disable_adapters:
         return weight
-    first, second = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    first, second = read(layer.lora_A[ADAPTER].weight), read(layer.lora_B[ADAPTER].weight)
     # A product of float32 matrices, whatever autocast would make of it around us.
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         return torch.addmm(weight.float(), second.float(), first.float(), alpha=layer.scaling[ADAPTER]).to(
@@ -193,6 +193,10 @@ class AdaptersOff(nn.Module):
             return self.policy.score(*arguments, **options)
 
     forward = score
+
+    def last_layer(self) -> Any:
+        """That of the policy, on which no adapter stands."""
+        return self.policy.last_layer()
 
 
 def merged_tensors(policy: nn.Module) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """The language model's weights as the sampler reads them: few large matrices, in storage that stays in place.
 
-Three ways fill them, chosen weight by weight:
+Four ways fill them, chosen weight by weight:
 1. shared storage, where the sampler wants the parameter as it is: nothing is copied, an optimizer's step shows at once;
 2. copied, where several parameters become one matrix (query, key and value; gate and up) or another type is wanted;
-3. merged, where a layer has an adapter: base weight and adapter are added into a buffer of the sampler's own.
+3. merged, where a layer has an adapter: base weight and adapter are added into a buffer of the sampler's own;
+4. gathered, where parameters are sharded over processes: one parameter after the other, into its place of the copy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaModel
 
 from stage.policy.lora import merged_weight
@@ -49,6 +51,30 @@ class _Entry:
     shared: bool
 
 
+def whole(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in `dtype`, all of it where it is sharded over processes, which all must call this.
+
+    A slice that waits in CPU memory is moved to `device` first, and narrowed before it is sent.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to(dtype)
+    mine = tensor.to_local().detach().to(device, dtype)
+    shape: Any = {"shape": tensor.shape, "stride": tensor.stride()}
+    placed = DTensor.from_local(mine, tensor.device_mesh, tensor.placements, run_check=False, **shape)
+    return placed.full_tensor()
+
+
+def effective(module: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The effective weight `[out, in]` of a linear layer, its own parameter where nothing has to be computed."""
+
+    def read(weight: Tensor) -> Tensor:
+        narrow = torch.float32 if weight.dtype == torch.float32 and weight is not base else dtype
+        return whole(weight, narrow, device) if isinstance(weight, DTensor) else weight
+
+    base = getattr(module, "base_layer", module).weight
+    return merged_weight(module, read)
+
+
 class RolloutWeights:
     """Weights of a Llama, filled at construction and by every `refresh`.
 
@@ -60,11 +86,11 @@ class RolloutWeights:
     def __init__(self, model: LlamaModel, dtype: torch.dtype) -> None:
         """`dtype` of all weights; parameters of another type are copied into it."""
         self.dtype = dtype
+        self.device: torch.device = model.rotary_emb.inv_freq.device
         self._entries: list[_Entry] = []
         decoders: Any = model.layers
         self.layers = [self._layer(layer) for layer in decoders]
         self.norm = self._tensor(lambda: model.norm.weight)
-        self._fill()
 
     @torch.no_grad()
     def refresh(self) -> bool:
@@ -75,7 +101,8 @@ class RolloutWeights:
         for entry in self._entries:
             if entry.shared and entry.sources[0]().data_ptr() != entry.tensor.data_ptr():
                 return False
-        self._fill()
+        for entry in self._entries:
+            self._fill(entry)
         return True
 
     def _layer(self, layer: Any) -> LayerWeights:
@@ -90,32 +117,95 @@ class RolloutWeights:
         )
 
     def _affine(self, *modules: Any) -> Affine:
-        weight = self._tensor(*(lambda module=module: merged_weight(module) for module in modules))
+        sources = [lambda module=module: effective(module, self.dtype, self.device) for module in modules]
         # An adapter wraps its layer, whose bias it leaves alone.
         plain = [getattr(module, "base_layer", module) for module in modules]
+        weight = self._tensor(*sources, rows=[len(layer.weight) for layer in plain])
         if plain[0].bias is None:
             return Affine(weight, None)
         return Affine(weight, self._tensor(*(lambda module=module: module.bias for module in plain)))
 
     @torch.no_grad()
-    def _tensor(self, *sources: Source) -> Tensor:
-        """A tensor for these sources, entered for `_fill`, which gives it its values."""
-        found = [source() for source in sources]
-        first = found[0]
-        if len(found) == 1 and isinstance(first, torch.nn.Parameter) and first.dtype == self.dtype:
+    def _tensor(self, *sources: Source, rows: Sequence[int] | None = None) -> Tensor:
+        """A tensor filled from these sources, which have `rows` rows, and entered for `refresh`."""
+        first = sources[0]()
+        if len(sources) == 1 and self._as_it_is(first):
             entry = _Entry(first.detach(), sources, shared=True)
         else:
-            rows = sum(len(part) for part in found)
-            entry = _Entry(first.new_empty(rows, *first.shape[1:], dtype=self.dtype), sources, shared=False)
+            shape = (
+                sum(len(source()) for source in sources) if rows is None else sum(rows),
+                *first.shape[1:],
+            )
+            entry = _Entry(torch.empty(shape, dtype=self.dtype, device=self.device), sources, shared=False)
+            self._fill(entry, first)
         self._entries.append(entry)
         return entry.tensor
 
+    def _as_it_is(self, tensor: Tensor) -> bool:
+        is_parameter = isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor, DTensor)
+        return is_parameter and tensor.dtype == self.dtype
+
     @torch.no_grad()
-    def _fill(self) -> None:
-        for entry in self._entries:
-            if not entry.shared:
-                start = 0
-                for source in entry.sources:
-                    part = source()
-                    entry.tensor[start : start + len(part)].copy_(part)
-                    start += len(part)
+    def _fill(self, entry: _Entry, first: Tensor | None = None) -> None:
+        """Copy the sources into their places; `first` is what the first of them gives, where that is known."""
+        if entry.shared:
+            return
+        start = 0
+        for source in entry.sources:
+            part = source() if first is None else first
+            first = None
+            part = whole(part, self.dtype, self.device) if isinstance(part, DTensor) else part
+            entry.tensor[start : start + len(part)].copy_(part)
+            start += len(part)
+
+
+class VisitingLayer:
+    """The same record of a layer whose matrices are gathered each time that they are read, and then forgotten."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self._layer, self._dtype, self._device = layer, dtype, device
+        self.attention_norm = whole(layer.input_layernorm.weight, dtype, device)
+        self.mlp_norm = whole(layer.post_attention_layernorm.weight, dtype, device)
+
+    def _affine(self, *modules: Any) -> Affine:
+        dtype, device = self._dtype, self._device
+        plain = [getattr(module, "base_layer", module) for module in modules]
+        weight = torch.cat([effective(module, dtype, device).to(dtype) for module in modules])
+        if plain[0].bias is None:
+            return Affine(weight, None)
+        return Affine(weight, torch.cat([whole(module.bias, dtype, device) for module in plain]))
+
+    @property
+    def qkv(self) -> Affine:
+        attention = self._layer.self_attn
+        return self._affine(attention.q_proj, attention.k_proj, attention.v_proj)
+
+    @property
+    def out(self) -> Affine:
+        return self._affine(self._layer.self_attn.o_proj)
+
+    @property
+    def gate_up(self) -> Affine:
+        return self._affine(self._layer.mlp.gate_proj, self._layer.mlp.up_proj)
+
+    @property
+    def down(self) -> Affine:
+        return self._affine(self._layer.mlp.down_proj)
+
+
+class VisitingWeights:
+    """Weights of a Llama without storage for its matrices. Every process must read them in step with the others."""
+
+    def __init__(self, model: LlamaModel, dtype: torch.dtype) -> None:
+        device: Any = model.rotary_emb.inv_freq.device
+        decoders: Any = model.layers
+        self.dtype = dtype
+        with torch.no_grad():
+            self.layers: Sequence[VisitingLayer] = [VisitingLayer(layer, dtype, device) for layer in decoders]
+            self.norm = whole(model.norm.weight, dtype, device)
+
+
+def rollout_weights(policy: Any, dtype: torch.dtype) -> RolloutWeights | VisitingWeights:
+    """Those that a policy brings along (`stage.policy.gathered`), else its parameters of this moment."""
+    found = getattr(policy, "rollout_weights", None)
+    return RolloutWeights(policy.language_model, dtype) if found is None else found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
@@ -14,8 +14,25 @@ from torch import Tensor
 from stage.policy.decoder import CachedDecoder, Prefixes, find_prefixes, image_logits
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
-from stage.policy.rollout_weights import RolloutWeights
+from stage.policy.rollout_weights import VisitingWeights, rollout_weights
+from stage.policy.variation import Variation
 from stage.types import PromptTokens, Samples
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Guidance scale and temperature of a call: one number for all images, or a tensor `[N]`, one an image."""
+
+    guidance_scale: float | Tensor
+    temperature: float | Tensor
+
+    @property
+    def varies(self) -> bool:
+        """Whether images have settings of their own."""
+        return isinstance(self.guidance_scale, Tensor) or isinstance(self.temperature, Tensor)
+
+
+Decode = Callable[[JanusPolicy, Prefixes, Tensor, torch.dtype, Setting], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +44,10 @@ class Sampler:
     reasoning: `text` lets the model write a plan before each image (`stage.policy.drawing`), None does not. The rest
         is read with `text` alone: reasoning_weight of the plans' term in the loss, max_plan_tokens (R), and
         plan_temperature, which divides the logits of the text head and is 0 for the most likely word.
+    variation: how far guidance and temperature of training samples stray from these; None keeps them.
 
-    Raises ValueError for a guidance scale below 1, a negative temperature, or settings of reasoning out of range.
+    Raises ValueError for a guidance scale below 1, a negative temperature, one of 0 that is to vary, or settings of
+    reasoning out of range.
     """
 
     guidance_scale: float
@@ -37,6 +56,7 @@ class Sampler:
     reasoning_weight: float | None = None
     max_plan_tokens: int | None = None
     plan_temperature: float | None = None
+    variation: Variation | None = None
     _graphs: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,8 +70,18 @@ class Sampler:
                 f"temperature must not be negative; got {self.temperature}. "
                 "Set 1.0 for the model's own distribution, or 0 for the most likely token."
             )
+        if self.variation is not None and self.temperature == 0:
+            raise ValueError(
+                "a temperature that varies must be above 0; got sampler.temperature=0, the most likely token. "
+                "Raise it, or leave sampler/variation out."
+            )
         if self.reasoning is not None:
             self._check_reasoning()
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows are run in training."""
+        return self.guidance_scale != 1 or (self.variation is not None and self.variation.guidance_spread > 0)
 
     def _check_reasoning(self) -> None:
         if self.reasoning != "text":
@@ -68,8 +98,17 @@ class Sampler:
                 )
 
     @torch.no_grad()
-    def __call__(self, policy: JanusPolicy, prompt: PromptTokens, uniforms: Tensor) -> Samples:
+    def __call__(
+        self,
+        policy: JanusPolicy,
+        prompt: PromptTokens,
+        uniforms: Tensor,
+        guidance_scale: Tensor | None = None,
+        temperature: Tensor | None = None,
+    ) -> Samples:
         """One token for each number of `uniforms` `[P, G, L]`, all in [0, 1).
+
+        `guidance_scale` and `temperature` `[P, G]`, at least 1 and above 0, stand in for the sampler's own.
 
         A sample is a function of its prompt and its own row of `uniforms`; the rest of the batch does not enter.
         The prompt is run once for each of the P groups, never for each of the G samples.
@@ -85,13 +124,13 @@ class Sampler:
             )
         dtype = compute_dtype(policy)
         with torch.autocast(policy.device.type, enabled=False):
-            prefixes = self._prefixes(policy, prompt, group, length)
+            setting = Setting(
+                self.guidance_scale if guidance_scale is None else _row_each(guidance_scale, policy.device),
+                self.temperature if temperature is None else _row_each(temperature, policy.device),
+            )
+            prefixes = self._prefixes(policy, prompt, group, length, setting)
             draws = uniforms.to(policy.device).flatten(0, 1)
-            if _has_graphs(policy):
-                decode = self._decode_graphed
-            else:
-                decode = self._decode_compiled if _has_compiled(policy, dtype) else self._decode
-            tokens, logps = decode(policy, prefixes, draws, dtype)
+            tokens, logps = self._decoder(policy, dtype, setting)(policy, prefixes, draws, dtype, setting)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
 
@@ -105,17 +144,33 @@ class Sampler:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_graphs": []}
 
-    def _prefixes(self, policy: JanusPolicy, prompt: PromptTokens, group: int, length: int) -> Prefixes:
-        embeddings, mask = policy.prompt_rows(prompt, self.guidance_scale)
+    def _prefixes(
+        self,
+        policy: JanusPolicy,
+        prompt: PromptTokens,
+        group: int,
+        length: int,
+        setting: Setting | None = None,
+    ) -> Prefixes:
+        scale = self.guidance_scale if setting is None else setting.guidance_scale
+        embeddings, mask = policy.prompt_rows(prompt, scale)
         ids = torch.cat([prompt.ids, prompt.unconditional_ids])[: len(embeddings)]
         return find_prefixes(ids, embeddings, mask, policy.position_ids, group, length - 1)
 
+    def _decoder(self, policy: JanusPolicy, dtype: torch.dtype, setting: Setting) -> Decode:
+        """The fastest way to decode that these weights and this device allow."""
+        if _has_graphs(policy):
+            # Weights that are gathered whenever they are read have no address for a graph.
+            visiting = isinstance(policy.rollout_weights, VisitingWeights)
+            return self._decode if visiting else self._decode_graphed
+        return self._decode_compiled if _has_compiled(policy, dtype, setting) else self._decode
+
     def _decode(
-        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype, setting: Setting
     ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities `[N, L]` for uniforms `[N, L]`, on any device."""
         model = policy.language_model
-        decoder = CachedDecoder(model, RolloutWeights(model, dtype), prefixes)
+        decoder = CachedDecoder(model, rollout_weights(policy, dtype), prefixes)
         hidden = decoder.start()
         sides = len(hidden) // len(draws)
         table = policy.image_embeddings().to(dtype)
@@ -124,12 +179,12 @@ class Sampler:
         for step in range(draws.shape[1]):
             if step > 0:
                 hidden = decoder.step(table[tokens[:, step - 1]].repeat(sides, 1))
-            logits = image_logits(policy, hidden, self.guidance_scale).float()
-            tokens[:, step], logps[:, step] = inverse_cdf(logits, draws[:, step], self.temperature)
+            logits = image_logits(policy, hidden, setting.guidance_scale).float()
+            tokens[:, step], logps[:, step] = inverse_cdf(logits, draws[:, step], setting.temperature)
         return tokens, logps
 
     def _decode_graphed(
-        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype, setting: Setting
     ) -> tuple[Tensor, Tensor]:
         """The same in one CUDA graph a token, which is kept for the next rollout."""
         from stage.policy.graphed import GraphedDecoders  # Triton comes with torch for CUDA alone
@@ -137,15 +192,19 @@ class Sampler:
         if not self._graphs:
             self._graphs.append(GraphedDecoders())
         decoders: GraphedDecoders = self._graphs[0]
-        return decoders.run(policy, prefixes, draws, self.guidance_scale, self.temperature, dtype)
+        return decoders.run(policy, prefixes, draws, setting.guidance_scale, setting.temperature, dtype)
 
     def _decode_compiled(
-        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype, setting: Setting
     ) -> tuple[Tensor, Tensor]:
         """The same in compiled code, a few images at a time on every thread."""
         from stage.policy.cpu_decode import decode  # numba takes its time to import, and may be missing
 
-        return decode(policy, prefixes, draws, self.guidance_scale, self.temperature)
+        return decode(policy, prefixes, draws, float(setting.guidance_scale), float(setting.temperature))
+
+
+def _row_each(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device, torch.float32).flatten()
 
 
 def compute_dtype(policy: JanusPolicy) -> torch.dtype:
@@ -161,8 +220,11 @@ def _has_graphs(policy: JanusPolicy) -> bool:
     return policy.device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None
 
 
-def _has_compiled(policy: JanusPolicy, dtype: torch.dtype) -> bool:
-    if policy.device.type != "cpu" or find_spec("numba") is None:
+def _has_compiled(policy: JanusPolicy, dtype: torch.dtype, setting: Setting) -> bool:
+    # Settings that vary from row to row, and weights that a sharded policy brings along, are left to torch.
+    if policy.device.type != "cpu" or setting.varies or policy.rollout_weights is not None:
+        return False
+    if find_spec("numba") is None:
         return False
     from stage.policy.cpu_decode import can_decode
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
-from scipy import stats
 
 from stage.benchmarks.images import write_atomic
+from stage.report.comparable import check_prompts, check_scorers
 from stage.report.curves import COLORS, Line, comparison_panel
 from stage.report.groups import Group, group_runs
 from stage.report.page import HTML, MARKDOWN, render
 from stage.report.read import Run, read_run
+from stage.report.statistics import estimate
 from stage.report.tables import Cell, cell, markdown
 
 PANELS = (  # title, unit, column of metrics.csv
@@ -30,7 +30,6 @@ PANELS = (  # title, unit, column of metrics.csv
     ("Gradient", "norm before clipping", "policy/gradient_norm"),
 )
 TRAINING = "training"  # what a score is called that training itself measured
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,10 @@ def comparison_tables(groups: Sequence[Group]) -> list[ComparisonTable]:
     return tables
 
 
-def over_seeds(values: Sequence[float], signed: bool) -> Cell:
+def over_seeds(values: Sequence[float], signed: bool, digits: int = 3) -> Cell:
     """The mean and its Student interval over seeds; one seed has no interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return cell({"mean": mean, "low": None, "high": None}, signed)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
-    return cell({"mean": mean, "low": mean - half, "high": mean + half}, signed)
+    found = estimate(values)
+    return cell({"mean": found.mean, "low": found.low, "high": found.high}, signed, digits)
 
 
 Scored = Mapping[Path, tuple[float, float | None]]  # (score, base score) of a run by its folder
@@ -151,10 +147,12 @@ def _overall(run: Run, split: str, headline: str) -> tuple[float, float | None]:
 def _check_comparable(runs: Sequence[Run]) -> None:
     """Raise ValueError unless all evaluations drew the same prompts from the same base in the same way."""
     for run in runs[1:]:
-        for key in ("benchmark", "settings", "scores", "scorer"):
+        assert run.evaluation is not None and runs[0].evaluation is not None
+        check_prompts(runs[0].evaluation, run.evaluation)
+        check_scorers(runs[0].evaluation, run.evaluation)
+        for key in ("benchmark", "settings", "scores"):
             mine, first = (_comparable(r, key) for r in (run, runs[0]))
-            unknown = key == "scorer" and None in (mine, first)  # a scorer without weights, or older results
-            if mine != first and not unknown:
+            if mine != first:
                 raise ValueError(
                     "evaluations can be compared when base, sampler, seed, prompts and scorer are the same; in "
                     f"{key} {run.folder} has {mine}, {runs[0].folder} has {first}. Evaluate both with the same command."

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stage.report.read import Curve
+from stage.report.statistics import estimate
 
 # Drawn in these stand-ins, which become variables of the page's style sheet, so that a curve follows light and dark.
 INK, GRID = "#010203", "#040506"
-COLORS = tuple(f"#0102{number:02x}" for number in range(0x10, 0x16))
+COLORS = tuple(f"#0102{number:02x}" for number in range(0x10, 0x1A))
 VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
     color: f"var(--series-{number})" for number, color in enumerate(COLORS)
 }
@@ -63,10 +64,14 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a comparison: its place among the groups, which is its colour, and one curve a seed."""
+    """A line of a comparison: its place among the groups, which is its colour, and one curve a seed.
+
+    `broken` are those of runs that ended too early to count.
+    """
 
     place: int
     seeds: Sequence[Curve]
+    broken: Sequence[Curve] = ()
 
 
 def run_panel(panel: Panel, curves: Mapping[str, Curve]) -> str | None:
@@ -97,14 +102,42 @@ def comparison_panel(title: str, unit: str, lines: Sequence[Line]) -> str:
     for line in lines:
         color = COLORS[line.place % len(COLORS)]
         x, y = common_updates(line.seeds)
-        smooth = [_smoothed(Curve(x, row)) for row in y]
-        rows = np.array([row if even is None else even for row, even in zip(y, smooth, strict=True)])
+        rows = smoothed_rows(x, y)
         if len(rows) > 1:
             axes.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=color, alpha=0.15, linewidth=0)
             for row in rows:
                 axes.plot(x, row, color=color, alpha=0.4, linewidth=0.8)
         axes.plot(x, rows.mean(axis=0), color=color, linewidth=2)
     return _finish(figure, axes, legend=False, title=title)
+
+
+def interval_panel(title: str, unit: str, lines: Sequence[Line]) -> str:
+    """The mean over seeds of each line with a band of its 95 % Student interval, for many lines in one panel.
+
+    Single seeds of `Line.broken`, which count in no mean, are dotted. Colours and smoothing are those of
+    `comparison_panel`.
+    """
+    figure, axes = _axes(unit)
+    for line in lines:
+        color = COLORS[line.place % len(COLORS)]
+        for curve in line.broken:
+            even = _smoothed(curve)
+            axes.plot(curve.x, curve.y if even is None else even, color=color, linewidth=1.2, linestyle=":")
+        if not line.seeds:
+            continue
+        x, y = common_updates(line.seeds)
+        found = [estimate(column) for column in smoothed_rows(x, y).T]
+        bounds = [(p.low, p.high) for p in found if p.low is not None and p.high is not None]
+        if bounds and len(bounds) == len(found):
+            axes.fill_between(x, *np.array(bounds).T, color=color, alpha=0.1, linewidth=0)
+        axes.plot(x, [point.mean for point in found], color=color, linewidth=1.8)
+    return _finish(figure, axes, legend=False, title=title)
+
+
+def smoothed_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Each row of `y`, `[rows, n]`, as a centred moving average, where it is long enough to need one."""
+    smooth = [_smoothed(Curve(x, row)) for row in y]
+    return np.array([row if even is None else even for row, even in zip(y, smooth, strict=True)])
 
 
 def common_updates(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from stage.report.read import Run
 
 # Settings that say where a run lies or who watches it, not what it is.
 PER_RUN = ("output", "name", "resume", "logger", "callbacks")
+LEARNING = "callbacks.reference."  # the one callback that moves what is learned
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             raise ValueError(
                 f"{run.folder} has no config.yaml with a seed, so it belongs to no group; give run folders"
             )
-        found.setdefault(tuple(sorted(_settings(run.config))), []).append(run)
+        found.setdefault(tuple(sorted(settings_of(run.config))), []).append(run)
     labels = _labels(list(found), [members[0].config for members in found.values()])
     return [Group(label, _by_seed(members)) for label, members in zip(labels, found.values(), strict=True)]
 
@@ -65,12 +66,13 @@ def _by_seed(runs: Sequence[Run]) -> dict[int, Run]:
     return dict(sorted(found.items()))
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def settings_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Flat (name, value) of all settings that make a run what it is, apart from its seed and its folder."""
     seed, output = config["seed"], str(config.get("output", "\0"))
     for name, value in _flat(config, ""):
         seeded = name.rpartition(".")[2] == "seed" and value == seed
-        if name.partition(".")[0] not in PER_RUN and not seeded and not str(value).startswith(output):
+        watched = name.partition(".")[0] in PER_RUN and not name.startswith(LEARNING)
+        if not watched and not seeded and not str(value).startswith(output):
             yield name, repr(value)
 
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-METRICS, CONFIG, RESULTS = "metrics.csv", "config.yaml", "results.json"
+METRICS, CONFIG, RESULTS, CODE, PACKED = (
+    "metrics.csv",
+    "config.yaml",
+    "results.json",
+    "code.json",
+    "packed.json",
+)
 X = "update"
+LEARNING = ("loss/", "policy/", "reward/")  # metrics that are finite in every run that has not diverged
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,10 @@ class Evaluation:
 class Run:
     """A training run, an evaluation, or both; `curves` is empty and `evaluation` None where there is none.
 
-    `grids` are the pictures training drew for fixed prompts, by update.
+    `grids` are the pictures training drew for fixed prompts, by update. `evaluation` is the newest one, `evaluations`
+    the newest of each checkpoint and benchmark by their names. `code` are the versions of the program that made the
+    run, oldest first. `not_finite` is the first metric and update where something was NaN or infinite. `seconds` is
+    wall time by step, where `stage.pack` ran it.
     """
 
     folder: Path
@@ -46,6 +56,10 @@ class Run:
     curves: Mapping[str, Curve]
     grids: Mapping[int, Path]
     evaluation: Evaluation | None
+    evaluations: Mapping[tuple[str, str], Evaluation] = field(default_factory=dict)
+    code: Sequence[Mapping[str, Any]] = ()
+    not_finite: tuple[str, int] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -67,28 +81,39 @@ def read_run(folder: Path) -> Run:
     config = {} if around is None else _read_config(around / CONFIG)
     if not config and evaluation is not None:
         config = evaluation.results.get("trained_with") or evaluation.results["config"]
+    cells = {} if around is None else read_cells(around / METRICS)
     return Run(
         folder=folder,
         name=folder.resolve().name if around is None else around.resolve().name,
         config=config,
-        curves={} if around is None else read_curves(around / METRICS),
+        curves=curves_of(cells),
         grids={} if around is None else _grids(around / "images"),
         evaluation=evaluation,
+        evaluations={} if around is None else _evaluations(around),
+        code=[] if around is None else _read_json(around / CODE, []),
+        not_finite=first_not_finite(cells),
+        seconds={} if around is None else _read_json(around / PACKED, {}).get("seconds", {}),
     )
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """The columns of metrics.csv by name, ordered by update; no file, no curves.
+    """The columns of metrics.csv as `read_cells` finds them, without cells that are not finite."""
+    return curves_of(read_cells(path))
 
-    Cells without a finite number are left out.
+
+Cells = dict[str, dict[int, float]]  # by metric and update
+
+
+def read_cells(path: Path) -> Cells:
+    """The numbers of metrics.csv by metric and update, NaN and infinity included; no file, no numbers.
 
     A row that was cut off by a kill has fewer cells than the header and counts for those it has.
 
     Raises ValueError for a file without the column `update`.
     """
+    found: Cells = {}
     if not path.is_file():
-        return {}
-    points: dict[str, dict[int, float]] = {}
+        return found
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if X not in (reader.fieldnames or ()):
@@ -99,16 +124,31 @@ def read_curves(path: Path) -> dict[str, Curve]:
             if not row[X]:
                 continue
             for name, cell in row.items():
-                if (
-                    name not in (X, None)
-                    and cell
-                    and math.isfinite(value := _number(path, reader.line_num, cell))
-                ):
-                    points.setdefault(name, {})[int(float(row[X]))] = value
+                if name not in (X, None) and cell:
+                    found.setdefault(name, {})[int(float(row[X]))] = _number(path, reader.line_num, cell)
+    return found
+
+
+def curves_of(cells: Mapping[str, Mapping[int, float]]) -> dict[str, Curve]:
+    """One curve a metric, ordered by update, of what is finite."""
+    finite = {n: {x: y for x, y in values.items() if math.isfinite(y)} for n, values in cells.items()}
     return {
         name: Curve(np.array(sorted(values)), np.array([values[x] for x in sorted(values)]))
-        for name, values in points.items()
+        for name, values in finite.items()
+        if values
     }
+
+
+def first_not_finite(cells: Mapping[str, Mapping[int, float]]) -> tuple[str, int] | None:
+    """Metric and update of the first NaN or infinity among those that say how learning goes."""
+    found = [
+        (update, name)
+        for name, values in cells.items()
+        if name.startswith(LEARNING)
+        for update, value in values.items()
+        if not math.isfinite(value)
+    ]
+    return None if not found else (min(found)[1], min(found)[0])
 
 
 def _number(path: Path, line: int, cell: str) -> float:
@@ -140,6 +180,27 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0]}); restore it from the run's checkpoint"
         ) from error
+
+
+def _read_json(path: Path, otherwise: Any) -> Any:
+    if not path.is_file():
+        return otherwise
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to do without") from error
+
+
+def _evaluations(folder: Path) -> dict[tuple[str, str], Evaluation]:
+    """By checkpoint and benchmark: evaluation/last/results.json, evaluation/last/drift/results.json and so on."""
+    found: dict[tuple[str, str], Evaluation] = {}
+    for path in [*folder.glob(f"evaluation/*/{RESULTS}"), *folder.glob(f"evaluation/*/*/{RESULTS}")]:
+        results = _read_results(path)
+        checkpoint = path.relative_to(folder / "evaluation").parts[0]
+        found[checkpoint, str(results["benchmark"].get("name", "benchmark"))] = Evaluation(
+            path.parent, results
+        )
+    return dict(sorted(found.items()))
 
 
 def _newest(folder: Path) -> Path | None:

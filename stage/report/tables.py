@@ -78,19 +78,20 @@ def score_table(split: str, part: str, tasks: Mapping[str, Mapping[str, Any]]) -
     return ScoreTable(split, part, columns, rows, max([*bounds, 0.05]))
 
 
-def cell(entry: Mapping[str, Any], signed: bool) -> Cell:
+def cell(entry: Mapping[str, Any], signed: bool, digits: int = 3) -> Cell:
     """Text of one `{mean, low, high}`; differences carry their sign, with a true minus."""
     low, high = entry["low"], entry["high"]
     known = low is not None and high is not None
-    interval = f"{number(low, signed)} to {number(high, signed)}" if known else ""
+    interval = f"{number(low, signed, digits)} to {number(high, signed, digits)}" if known else ""
     sign = 0 if not signed or not known or low <= 0 <= high else (1 if low > 0 else -1)
-    return Cell(number(entry["mean"], signed), interval, sign, entry["mean"], low, high)
+    return Cell(number(entry["mean"], signed, digits), interval, sign, entry["mean"], low, high)
 
 
-def number(value: float, signed: bool = False) -> str:
-    """Three decimals with a true minus; a rounded zero has no sign."""
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
-    return "0.000" if text.lstrip("+-") == "0.000" else text.replace("-", "\N{MINUS SIGN}")
+def number(value: float, signed: bool = False, digits: int = 3) -> str:
+    """So many decimals with a true minus; a rounded zero has no sign."""
+    text = f"{value:+,.{digits}f}" if signed else f"{value:,.{digits}f}"
+    zero = f"{0:.{digits}f}"
+    return zero if text.lstrip("+-") == zero else text.replace("-", "\N{MINUS SIGN}")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.types import ChecksPrompts, Prompt, Scorer, Scores
+from stage.provenance import weights_of
+from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer, Scores
 
 
 class ByCategory:
@@ -34,8 +35,17 @@ class ByCategory:
     @property
     def provenance(self) -> dict[str, Any]:
         """What results record of each scorer that has weights, by its name."""
-        found = {name: getattr(scorer, "provenance", None) for name, scorer in self.scorers.items()}
-        return {name: dict(record) for name, record in found.items() if record is not None}
+        found = {name: weights_of(scorer) for name, scorer in self.scorers.items()}
+        return {name: record for name, record in found.items() if record}
+
+    def self_check(self) -> None:
+        """Raises ValueError where one of the scorers does not know its answers, with the scorer's name."""
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, ChecksItself):
+                try:
+                    scorer.self_check()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt without a scorer, or that its scorer cannot score."""

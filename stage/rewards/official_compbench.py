@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage import weights
+from stage.paths import sha256
 from stage.rewards import grid
 from stage.types import Prompt, Scores
 
@@ -46,7 +46,7 @@ class OfficialCompBench:
         self.answers = {name: _answers(file) for name, file in files.items()}
         self.prompts: Counter[str] = Counter()
         self.provenance: Mapping[str, Any] = {
-            name: {"path": str(file), "sha256": weights.sha256(file)} for name, file in files.items()
+            name: {"path": str(file), "sha256": sha256(file)} for name, file in files.items()
         }
 
     def check(self, prompts: Sequence[Prompt]) -> None:

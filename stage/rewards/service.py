@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -36,12 +37,12 @@ from stage.types import ChecksPrompts, Prompt, Scorer
 
 RETRY_AFTER_SECONDS = 1
 OPEN_PATHS = ("/health", "/openapi.json")  # what is told without a token
-# Attributes of the batcher, and what /metrics says of them.
+# What /metrics says of the batcher: its attribute, and words.
 GAUGES = {
-    "scored": "Images scored",
-    "calls": "Calls of the scorer",
-    "waiting": "Images waiting",
-    "seconds": "Seconds spent in the scorer",
+    "stage_scored": ("scored", "Images scored"),
+    "stage_calls": ("calls", "Calls of the scorer"),
+    "stage_waiting": ("waiting", "Images waiting"),
+    "stage_scorer_seconds": ("seconds", "Seconds spent in the scorer"),
 }
 
 
@@ -166,15 +167,9 @@ class Service:
         )
         self.registry = CollectorRegistry()
         self.answers = Counter("stage_answers", "Answers by status", ["status"], registry=self.registry)
-        for name, text in (
-            ("scored", "Images scored"),
-            ("calls", "Calls of the scorer"),
-            ("waiting", "Images waiting"),
-        ):
-            gauge = Gauge(f"stage_{name}", text, registry=self.registry)
-            gauge.set_function(lambda name=name: getattr(self.batcher, name))  # type: ignore[misc]
-        seconds = Gauge("stage_scorer_seconds", "Seconds spent in the scorer", registry=self.registry)
-        seconds.set_function(lambda: self.batcher.seconds)
+        for name, (attribute, text) in GAUGES.items():
+            gauge = Gauge(name, text, registry=self.registry)
+            gauge.set_function(partial(getattr, self.batcher, attribute))
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
     def allow(self, client: str, images: int) -> None:

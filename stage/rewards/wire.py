@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from stage.types import Prompt, Scores
 VERSION: Literal[1] = 1
 FORMATS = ("PNG", "WEBP")
 MAX_PROMPTS, MAX_GROUP, MAX_TEXT, MAX_SIDE = 4096, 1024, 20_000, 4096
+MAX_PIXELS = 2**28  # of a request, 0.8 GB: a small file may unpack to a large picture
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -126,10 +128,17 @@ def decode_images(rows: Sequence[Sequence[str]], prompts: int) -> Tensor:
         raise ValueError(
             f"images must be {prompts} lists, one a prompt, of one length; got lengths {[len(row) for row in rows]}"
         )
-    pictures = [decode_image(text) for row in rows for text in row]
-    sizes = {picture.shape for picture in pictures}
-    if len(sizes) != 1:
-        raise ValueError(f"all images of a request must have one size; got {sorted(sizes)}")
+    pictures: list[np.ndarray] = []
+    for text in itertools.chain.from_iterable(rows):
+        pictures.append(decode_image(text))
+        shape, first = pictures[-1].shape, pictures[0].shape
+        if shape != first:
+            raise ValueError(f"all images of a request must have one size; got {first} and {shape}")
+        if shape[0] * shape[1] * prompts * len(rows[0]) > MAX_PIXELS:
+            raise ValueError(
+                f"images of a request may have {MAX_PIXELS} pixels in all; got {prompts * len(rows[0])} of "
+                f"{shape[1]} x {shape[0]}. Send fewer at once."
+            )
     return torch.from_numpy(np.stack(pictures)).unflatten(0, (prompts, len(rows[0])))
 
 

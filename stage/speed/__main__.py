@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from stage.speed.evaluation import measure_drawing, measure_scorers
 from stage.speed.machine import bandwidth, describe
 from stage.speed.models import LANGUAGE
 from stage.speed.rewards import REWARDS, measure_rewards
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         write(options.output or RESULTS / "rewards", {"machine": describe(device), "rewards": rows})
         return
+    if options.evaluation is not None:
+        evaluate(options, device, dtype)
+        return
     speed = bandwidth(device)
     rows, checks = measure_rollouts(
         options.models, options.images, device, dtype, speed, options.baseline_tokens
@@ -45,6 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
     }
     write(options.output or RESULTS / "speed", found)
+
+
+def evaluate(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """What `--evaluation` asks for; what was measured is written before the scorers are built."""
+    output = options.output or RESULTS / "evaluation"
+    found: dict[str, object] = {"machine": describe(device) | {"dtype": str(dtype)}}
+    found["evaluation"] = measure_drawing(
+        options.models, options.evaluation, options.evaluation_batch, device, dtype
+    )
+    write(output, found)
+    found["scorers"] = measure_scorers(options.evaluation_scored, device, options.models == ["tiny"])
+    write(output, found)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,10 +88,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--reward-images", type=int, default=32, help="images of one call of a reward")
     made.add_argument("--reward-shapes", choices=["real", "tiny"], default="real", help="tiny tries the path")
     made.add_argument(
+        "--evaluation",
+        type=int,
+        default=None,
+        metavar="IMAGES",
+        help="measure an evaluation instead: so many images of 2,212, from prompts to PNG files, and its scorers",
+    )
+    made.add_argument("--evaluation-batch", type=int, default=128, help="images drawn at once")
+    made.add_argument(
+        "--evaluation-scored", type=int, default=128, help="images that its scorers are timed on"
+    )
+    made.add_argument(
         "--output",
         type=Path,
         default=None,
-        help=f"written with .md and .json; default {RESULTS}/speed, or {RESULTS}/rewards with --rewards",
+        help=f"written with .md and .json; default {RESULTS}/speed, /rewards with --rewards, /evaluation",
     )
     return made
 

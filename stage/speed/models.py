@@ -29,15 +29,20 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<begin_of_image>", "<end_of_imag
 PAD, BOS, EOS, UNKNOWN, BOI, EOI, IMAGE = range(len(SPECIAL))
 
 
-def build_policy(size: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> JanusPolicy:
+def build_policy(
+    size: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0, layers: int | None = None
+) -> JanusPolicy:
     """A Janus-Pro of `size` (`1b`, `7b` or `tiny`) with random weights, made on `device` in `dtype`.
+
+    `layers` of its language model are fewer than it has, None is all.
 
     Weights have transformers' initialisation, image embeddings unit variance: logits then have a standard deviation
     of about one. Nothing is frozen.
 
     Raises ValueError for another size.
     """
-    config = model_config(size)
+    config: Any = model_config(size)
+    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
     torch.manual_seed(seed)
     former = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

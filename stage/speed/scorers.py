@@ -62,20 +62,26 @@ def build_hps(folder: Path, device: str, dtype: str, tiny: bool) -> HPSReward:
     """HPSv2.1: CLIP ViT-H-14 of open_clip, or a small one to try the path."""
     import open_clip
 
-    name = "ViT-H-14"
-    if tiny:
-        name = "stage-speed-tiny"
-        vision = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
-        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-        (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
-        open_clip.add_model_config(folder)
+    name = tiny_clip(folder) if tiny else "ViT-H-14"
     torch.manual_seed(0)
     model = open_clip.create_model(name, pretrained=None, device=device)
     file = folder / "HPS_v2.1_compressed.pt"
     torch.save({"state_dict": model.to(_stored(dtype)).state_dict()}, file)
     del model
     return HPSReward(str(file), None, name, device, dtype, batch_size=32)
+
+
+def tiny_clip(folder: Path) -> str:
+    """The name by which open_clip then knows a small CLIP; its configuration is written to `folder`."""
+    import open_clip
+
+    name = "stage-speed-tiny"
+    vision = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
+    open_clip.add_model_config(folder)
+    return name
 
 
 def build_git(folder: Path, device: str, dtype: str, tiny: bool) -> GITReward:

@@ -42,7 +42,7 @@ def prompts(texts: Sequence[tuple[str, str]] = TEXTS) -> tuple[Prompt, ...]:
 
 def benchmark(images_per_prompt: int = 4, threshold: float = 0.5) -> ShapesBenchmark:
     splits = {"validation": prompts(), "heldout": prompts(TEXTS[:2])}
-    return ShapesBenchmark("example", splits, images_per_prompt, Bright(threshold), "strict")
+    return ShapesBenchmark("example", splits, images_per_prompt, Bright(threshold), "strict", ["partial"])
 
 
 def tiny_policy(folder: Path) -> JanusPolicy:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from stage.benchmarks.adding import add_up, win_rate
 from stage.benchmarks.benchmark import Benchmark
 from stage.benchmarks.categories import Key, QuotedText
-from stage.benchmarks.evaluation import add_up, win_rate
 from stage.benchmarks.lists import read_list, read_lists
 from stage.benchmarks.published import read_published
 from stage.rewards.ocr import quoted

@@ -13,8 +13,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from stage.benchmarks.adding import add_up
 from stage.benchmarks.benchmark import Benchmark
-from stage.benchmarks.evaluation import Judged, add_up
+from stage.benchmarks.evaluation import Judged
 from stage.benchmarks.intervals import Bootstrap
 from stage.rewards.geneval import GenEvalReward
 from stage.types import Detection, Detections, Prompt
@@ -61,7 +62,7 @@ def geneval(cases: Sequence[dict[str, Any]]) -> Benchmark:
         Prompt(n, f"{n}: {case['metadata']['prompt']}", case["metadata"]) for n, case in enumerate(cases)
     ]
     made = instantiate(OmegaConf.create({**node, "splits": {}, "scorer": None}))
-    return Benchmark(**{**vars(made), "splits": {"test": prompts}, "scorer": reward})
+    return Benchmark(**{**vars(made), "splits": {"test": prompts}, "scorer": reward, "images_per_prompt": 1})
 
 
 def test_verdicts_and_aggregates_of_the_golden_cases(shared: Path) -> None:
@@ -74,7 +75,7 @@ def test_verdicts_and_aggregates_of_the_golden_cases(shared: Path) -> None:
     verdicts = bench.judge(pictures, prompts)
     assert [bool(found[0].parts["correct"]) for found in verdicts] == [case["correct"] for case in cases]
     judged = [
-        Judged("base", "test", Path("x.png"), p.text, p.id, n, 0, bench.task(p), verdicts[n][0])
+        Judged("base", "test", Path("x.png"), p.text, p.id, n, 0, (bench.task(p),), verdicts[n][0])
         for n, p in enumerate(prompts)
     ]
     rows = add_up(judged, bench, ["test"], Bootstrap(0.95, 50, 0))["test"]["correct"]

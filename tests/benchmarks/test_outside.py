@@ -125,6 +125,18 @@ def test_own_images_of_another_list(tmp_path: Path) -> None:
         opened(tmp_path, listed=other)
 
 
+def test_own_images_of_two_checkpoints(tmp_path: Path) -> None:
+    """As after copying images of another evaluation between those of this one."""
+    own(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    for line in lines[:2]:
+        line["checkpoint"] = "d" * 64
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = r"2 of another checkpoint \(00000_0.png of dddddddd, 00000_1.png of dddddddd\)"
+    with pytest.raises(ValueError, match=said):
+        opened(tmp_path)
+
+
 def test_images_of_several_sizes(tmp_path: Path) -> None:
     flat(tmp_path)
     paint(tmp_path / "00003.png", 0, side=16)

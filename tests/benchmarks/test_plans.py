@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from stage.benchmarks.evaluation import Candidate, draw_missing, open_folders, score
+from stage.benchmarks.evaluation import Candidate, draw_missing, open_folders
 from stage.benchmarks.generate import draw
 from stage.benchmarks.images import ImageFolder
+from stage.benchmarks.judging import Judging
 from stage.benchmarks.results import _image_line
 from stage.policy import drawing
 from stage.policy.janus import JanusPolicy
@@ -72,7 +73,9 @@ def test_results_say_the_plan(policy: JanusPolicy, tmp_path: Path) -> None:
         item = Candidate("base", tmp_path / name, settings, {}, lambda: policy)
         folders = open_folders(item, benchmark(2), ["heldout"])
         draw_missing(item, folders, sampler, batch_size=4, console=QUIET)
-        judged = score(item, folders, benchmark(2), batch_size=4, console=QUIET)
+        judging = Judging(item, folders, benchmark(2))
+        judging.score(batch_size=4, console=QUIET)
+        judged = judging.collect()
         lines = [_image_line(found, item.folder) for found in judged]
         if name == "without":
             assert not any("plan" in line for line in lines)

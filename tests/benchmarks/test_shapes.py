@@ -42,12 +42,12 @@ def test_what_no_benchmark_can_be() -> None:
     with pytest.raises(ValueError, match="at least one image per prompt, got 0"):
         benchmark(0)
     with pytest.raises(ValueError, match="'empty' has no prompts"):
-        ShapesBenchmark("x", {"empty": ()}, 1, Bright(), "strict")
+        ShapesBenchmark("x", {"empty": ()}, 1, Bright(), "strict", [])
     with pytest.raises(ValueError, match=r"'a ring'.*more than once"):
-        ShapesBenchmark("x", {"twice": (Prompt(1, "a ring"), Prompt(1, "a ring"))}, 1, Bright(), "strict")
+        ShapesBenchmark("x", {"twice": (Prompt(1, "a ring"), Prompt(1, "a ring"))}, 1, Bright(), "strict", [])
 
 
 def test_a_scorer_without_the_headline_is_refused() -> None:
-    other = ShapesBenchmark("x", {"all": prompts()}, 1, Bright(), "beauty")
+    other = ShapesBenchmark("x", {"all": prompts()}, 1, Bright(), "beauty", [])
     with pytest.raises(ValueError, match="must name a part 'beauty', it named partial, strict"):
         other.judge(torch.zeros(3, 1, 2, 2, 3, dtype=torch.uint8), prompts())

@@ -16,6 +16,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "other widths": {"width": 24, "depths": (2, 1, 1, 2), "window": 7},
     "no bias": {"qkv_bias": False, "window": 3},
     "projected": {"hidden": 16, "decoder_layers": 3, "labels": 5},
+    "other heads": {"width": 48, "window_heads": (3, 6, 12, 24), "heads": 8, "queries": 11},
+    "deep": {"depths": (2, 2, 3, 1), "encoder_layers": 3, "decoder_layers": 4, "heads": 2},
+    "shallow": {"depths": (1, 1, 1, 1), "encoder_layers": 1, "decoder_layers": 1, "window": 12},
 }
 
 

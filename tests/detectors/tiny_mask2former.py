@@ -70,12 +70,16 @@ def tiny_model(
     qkv_bias: bool = True,
     labels: int = 80,
     decoder_layers: int = 2,
+    window_heads: tuple[int, ...] = (1, 2, 2, 4),
+    heads: int = 4,
+    encoder_layers: int = 2,
+    queries: int = 6,
 ) -> Mask2FormerForUniversalSegmentation:
     """A random model; every tensor is drawn, so that none keeps the value it would have by default."""
     backbone: dict[str, Any] = {
         "embed_dim": width,
         "depths": list(depths),
-        "num_heads": [1, 2, 2, 4],
+        "num_heads": list(window_heads),
         "window_size": window,
         "mlp_ratio": 2.0,
         "qkv_bias": qkv_bias,
@@ -87,10 +91,10 @@ def tiny_model(
         "hidden_dim": hidden,
         "encoder_feedforward_dim": 48,
         "dim_feedforward": 40,
-        "encoder_layers": 2,
+        "encoder_layers": encoder_layers,
         "decoder_layers": decoder_layers + 1,
-        "num_attention_heads": 4,
-        "num_queries": 6,
+        "num_attention_heads": heads,
+        "num_queries": queries,
         "num_labels": labels,
         "use_auxiliary_loss": True,
     }

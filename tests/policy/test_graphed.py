@@ -76,6 +76,28 @@ def test_the_same_tokens(
     assert not sampler._graphs
 
 
+def test_settings_of_each_image(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance and temperature are read from buffers: other numbers in the next rollout need no other graph."""
+    policy, sampler = load(small_checkpoint).to(DEVICE), Sampler(2.0, 1.0)
+    prompt, draws = policy.tokenize(TEXTS), noise(policy, 2, len(TEXTS))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        own = {
+            "guidance_scale": 1 + 3 * torch.rand(draws.shape[:2]),
+            "temperature": 0.5 + torch.rand(draws.shape[:2]),
+        }
+        found = []
+        for on in (True, False):
+            graphs(monkeypatch, on)
+            found.append(sampler(policy, prompt, draws, **own))
+        agree = (found[0].tokens == found[1].tokens).all(-1)
+        assert agree.float().mean() >= 0.7
+        torch.testing.assert_close(found[0].logps[agree], found[1].logps[agree], **tolerance(5.0))
+        if seed == 0:
+            kept = sampler._graphs[0]._kept[2]
+    assert sampler._graphs[0]._kept[2] is kept
+
+
 def test_greedy(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load(small_checkpoint).to(DEVICE)
     prompt = policy.tokenize(TEXTS)

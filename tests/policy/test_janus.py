@@ -167,7 +167,7 @@ def test_images_are_those_of_the_processor(
 ) -> None:
     """19 images in chunks of 5. The two orders of rounding may part by one level."""
     side = shared_policy.image_size
-    monkeypatch.setattr("stage.policy.janus.DECODE_PIXELS", {"cpu": 5 * side**2 + 1})
+    monkeypatch.setattr("stage.policy.pictures.DECODE_PIXELS", {"cpu": 5 * side**2 + 1})
     tokens = random_tokens(shared_policy, 19, 1)
     images = shared_policy.decode(tokens)
     assert images.shape == (19, 1, side, side, 3) and images.dtype == torch.uint8

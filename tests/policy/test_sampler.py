@@ -281,7 +281,7 @@ def test_at_least_twice_as_fast_as_generate(prompts: str, scale: float) -> None:
     torch.set_num_threads(2)
     try:
         runs[0]()  # compiles, where this is the first run on a machine
-        ours, theirs = zip(*([seconds(run) for run in runs] for _ in range(12)), strict=True)
+        ours, theirs = zip(*([seconds(run) for run in runs] for _ in range(6)), strict=True)
     finally:
         torch.set_num_threads(threads)
     assert min(theirs) / min(ours) >= 2, f"{min(theirs):.3f} s against {min(ours):.3f} s"

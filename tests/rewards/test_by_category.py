@@ -52,3 +52,13 @@ def test_a_category_without_a_scorer() -> None:
         made().check([Prompt(1, "x")])
     with pytest.raises(ValueError, match="categories name the scorers that there are"):
         ByCategory("category", {"a": "one"}, {"two": Scaled(1)})
+
+
+def test_a_scorer_that_does_not_know_its_answers_is_named() -> None:
+    class Blind(Scaled):
+        def self_check(self) -> None:
+            raise ValueError("sees nothing")
+
+    made().self_check()  # of scorers without one there is nothing to ask
+    with pytest.raises(ValueError, match="two: sees nothing"):
+        ByCategory("category", {"a": "one", "b": "two"}, {"one": Scaled(1), "two": Blind(1)}).self_check()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stage.paths import sha256
 from stage.rewards.clip import ClipReward
 from stage.rewards.combine import Combine
 from stage.rewards.hps import HPSReward
 from stage.rewards.tower import shared_tower
 from stage.types import ChecksPrompts, Prompt, Scorer
-from stage.weights import sha256
 from tests.rewards.tiny_towers import PROMPTS, by_hand, open_clip_pixels, pictures, tiny_clip
 
 SETTINGS: dict[str, Any] = {"revision": None, "device": "cpu", "dtype": "float32", "batch_size": 4}

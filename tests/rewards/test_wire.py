@@ -175,3 +175,25 @@ def test_a_range_without_an_end_survives_and_is_held() -> None:
 def test_terms_of_a_run_are_not_served(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="gates and schedules belong to a run"):
         to_answer(replace(SCORES, **changes), "s")
+
+
+def test_a_request_that_unpacks_to_too_much_is_refused() -> None:
+    """White pictures of 4,096 pixels are small files: 17 of them are more than 2**28 pixels."""
+    text = encode_image(np.full((4096, 4096, 3), 255, dtype=np.uint8))
+    assert len(text) < 1_000_000
+    with pytest.raises(ValueError, match="17 of 4096 x 4096"):
+        decode_images([[text] * 17], 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_whatever_bytes_come_in_place_of_others_is_a_picture_or_an_error(kind: str) -> None:
+    raw, random = base64.b64decode(in_format(picture(24), kind)), np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        broken = np.frombuffer(raw, dtype=np.uint8).copy()
+        broken[random.integers(0, 60, 2)] = random.integers(0, 256, 2)
+        try:
+            decode_image(base64.b64encode(broken[: random.integers(1, 2 * len(raw))].tobytes()).decode())
+        except ValueError:
+            refused += 1
+    assert refused > 200

@@ -1,0 +1,34 @@
+"""Norm and clipping of gradients, whole or sliced over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def gradient_norm(gradients: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, 0-d.
+
+    `total` sums a number over the processes, each of which has a slice of every gradient that is a DTensor.
+    """
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    squares = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients]).double().square()
+    return total(squares).sqrt()
+
+
+def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale gradients of norm `norm` in place, so that it is at most `limit` (torch.nn.utils.clip_grads_with_norm_)."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        mine = local(gradient)
+        mine.mul_(factor.to(mine.device))
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's slice, or all of a tensor that is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

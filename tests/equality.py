@@ -1,0 +1,128 @@
+"""A run on recorded tokens that several processes must repeat number for number."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from stage.data import PromptStream
+from stage.policy.lora import add_lora
+from stage.policy.sampler import Sampler
+from stage.types import PromptTokens, Samples
+from tests.tiny_training import PROMPTS, Redness, objective, tiny_module, tiny_policy, tiny_trainer
+
+UPDATES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `recorded` draws tokens that do not depend on the weights."""
+
+    algorithm: str
+    lora: bool = False
+    micro_batch: int | None = None
+    dtype: str = "float64"
+    prompts: int = 4
+    recorded: bool = True
+    updates: int = UPDATES
+
+    def __str__(self) -> str:
+        words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
+        return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
+
+
+class Recorded:
+    """Tokens that are a function of (seed, update, prompt, sample), whatever the policy is."""
+
+    guidance_scale, temperature = 1.0, 1.0
+
+    def __call__(self, policy: Any, prompt: PromptTokens, uniforms: Tensor) -> Samples:
+        tokens = (uniforms.to(policy.device) * policy.codebook_size).long()
+        return Samples(tokens, torch.zeros(tokens.shape, device=policy.device))
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+class Steps(Callback):
+    """What each optimizer step was made of."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.tokens: list[Tensor] = []
+
+    def on_rollout(self, module: Any, rollout: Any) -> dict[str, float]:
+        self.tokens.append(rollout.tokens.clone())
+        return {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.policy.named_parameters()
+        self.gradients.append({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        rows = {n: v for n, v in pl_module.latest.items() if not n.startswith("time/")}
+        self.rows.append(rows)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of one that is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def module_of(case: Case, base: Path) -> Any:
+    """The module of a case."""
+    torch.manual_seed(0)  # of the adapters
+    policy = tiny_policy(base).to(getattr(torch, case.dtype))
+    if case.lora:
+        add_lora(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
+        policy.to(getattr(torch, case.dtype))
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    return tiny_module(
+        base,
+        policy=policy,
+        sampler=Recorded() if case.recorded else Sampler(1.0, 1.0),
+        scorer=Redness(),
+        objective=objective(case.algorithm, micro_batch=case.micro_batch),
+        prompts=PromptStream(PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        updates=case.updates,
+    )
+
+
+def fit_case(
+    case: Case, base: Path, folder: Path, strategy: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Metrics, gradients and tokens of each update, and the trained weights after the last."""
+    module, steps = module_of(case, base), Steps()
+    changes = (
+        {} if strategy is None else {"strategy": dict(strategy), "devices": int(os.environ["WORLD_SIZE"])}
+    )
+    trainer = tiny_trainer(folder, [steps], [], enable_checkpointing=False, **changes)
+    trainer.fit(module)
+    trained = {n: whole(p.detach()).clone() for n, p in module.policy.named_parameters() if p.requires_grad}
+    return {"rows": steps.rows, "gradients": steps.gradients, "tokens": steps.tokens, "weights": trained}
+
+
+def fit_cases(
+    cases: list[Case], base: Path, folder: Path, strategy: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Several runs in one process, one after the other."""
+    return [fit_case(case, base, folder, strategy) for case in cases]
+
+
+def largest_gap(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest absolute difference between tensors of the same names."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)

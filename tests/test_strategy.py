@@ -1,0 +1,104 @@
+"""Two processes make the update of one: on recorded tokens number for number, free-running as far as rounding lets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.equality import Case, fit_cases, largest_gap
+from tests.processes import run
+from tests.tiny_training import tiny_base
+
+DDP = {"_target_": "stage.strategy.Replicated", "timeout_seconds": 60}
+FSDP = {"_target_": "stage.strategy.Sharded", "timeout_seconds": 60, "cpu_offload": False, "rollout": "copy"}
+CASES = [
+    Case("grpo"),
+    Case("stage"),
+    Case("stage", micro_batch=2),
+    Case("stage", lora=True),
+    Case("grpo", lora=True, micro_batch=3),
+    Case("stage", prompts=1),
+    Case("grpo", prompts=1, micro_batch=1),
+    Case("stage", prompts=1, lora=True),
+    Case("grpo", dtype="float32"),
+    Case("stage", dtype="float32", micro_batch=2),
+    Case("stage", dtype="float32", prompts=1),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the base weights."""
+    return tiny_base(tmp_path_factory.mktemp("janus"))
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every case in one process."""
+    return fit_cases(CASES, base, tmp_path_factory.mktemp("alone"))
+
+
+def check(case: Case, one: dict[str, Any], found: dict[str, Any]) -> None:
+    """Every number of one process, within 1e-8 in float64 and 1e-5 of loss and gradient norm in float32."""
+    bound = 1e-8 if case.dtype == "float64" else 1e-5
+    compared = ("loss/total", "policy/gradient_norm") if case.dtype == "float32" else one["rows"][0].keys()
+    for row, expected in zip(found["rows"], one["rows"], strict=True):
+        assert row.keys() == expected.keys()
+        for name in compared:
+            assert row[name] == pytest.approx(expected[name], abs=bound, rel=bound), (str(case), name)
+    if case.dtype == "float64":
+        for gradients, expected in zip(found["gradients"], one["gradients"], strict=True):
+            assert largest_gap(gradients, expected) < bound, str(case)
+        assert largest_gap(found["weights"], one["weights"]) < bound, str(case)
+
+
+@pytest.mark.slow
+def test_two_replicas_make_the_update_of_one(base: Path, alone: list[dict[str, Any]], tmp_path: Path) -> None:
+    found = run(2, tmp_path, fit_cases, CASES, base, tmp_path / "runs", DDP)
+    for rank in found:
+        for case, one, result in zip(CASES, alone, rank, strict=True):
+            check(case, one, result)
+
+
+@pytest.mark.slow
+def test_two_processes_with_slices_make_the_update_of_one(
+    base: Path, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    found = run(2, tmp_path, fit_cases, CASES, base, tmp_path / "runs", FSDP)
+    for rank in found:
+        for case, one, result in zip(CASES, alone, rank, strict=True):
+            check(case, one, result)
+
+
+FREE = [
+    Case("stage", recorded=False, dtype="float32"),
+    Case("grpo", lora=True, recorded=False, dtype="float32"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", [DDP, FSDP, FSDP | {"rollout": "layers"}], ids=["ddp", "fsdp", "fsdp, layer by layer"]
+)
+def test_free_running_processes_draw_the_same_tokens(
+    base: Path, tmp_path: Path, strategy: dict[str, Any], record_property: Any
+) -> None:
+    """All of them in the first update, whose weights are the same; later rounding may turn a token."""
+    one = fit_cases(FREE, base, tmp_path / "one")
+    ranks = run(2, tmp_path, fit_cases, FREE, base, tmp_path / "runs", strategy)
+    for case, expected, *found in zip(FREE, one, *ranks, strict=True):
+        shares = equal_shares(expected["tokens"], [rank["tokens"] for rank in found])
+        record_property(str(case), shares)
+        print(f"{case}: equal tokens by update {shares}")
+        assert shares[0] == 1.0 and min(shares) > 0.9
+
+
+def equal_shares(one: list[Any], ranks: list[list[Any]]) -> list[float]:
+    """The share of equal tokens of each update; the processes have the prompts in order."""
+    return [
+        float((expected == torch.cat(parts)).double().mean())
+        for expected, *parts in zip(one, *ranks, strict=True)
+    ]
