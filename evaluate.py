@@ -61,7 +61,9 @@ def evaluate(config: DictConfig) -> None:
     if not config.score:
         if share.first:
             share.wait(lambda: plan.missing(jobs), config.patience_seconds)
-            folders = ", ".join(launch.short(item.folder) for job in jobs for item in job.candidates)
+            folders = (
+                ", ".join(map(launch.short, plan.image_folders(jobs))) or "no folder, since none are drawn"
+            )
             print(f"images in {folders}; the same command without score=false scores them", flush=True)
         return
     judged = judge(jobs, console=console, share=share, patience_seconds=config.patience_seconds)

@@ -101,7 +101,8 @@ def _batches(
     """Batches `[P][G]` of at most `batch_size` images, all images of a prompt beside each other where they fit.
 
     Prompts of which nothing is absent are left out, others have all their images, so that G does not tell what was
-    there before. With each batch come the lines of the prompt file that fill it up to as many prompts as any of its G has.
+    there before. With each batch come the lines of the prompt file that fill it up to as many prompts as any of its G
+    has.
 
     Args:
         planned: all images of the share, and `absent` the files that are to be drawn.

@@ -144,11 +144,24 @@ def draw_all(
             folders = {n: f for n, f in job.folders[item.role].items() if isinstance(f, ImageFolder)}
             if not folders:  # questions, for example
                 continue
+            if len(jobs) > 1:
+                console.print(f"{job.benchmark.name}:")
             spent[item.role] = draw_missing(
                 item, folders, sampler, batch_size=batch_size, console=console, share=share
             )
         sampler.release()  # keys, values and the model that they are of: the next one and the scorers need the room
     return timing
+
+
+def image_folders(jobs: Sequence[Job]) -> list[Path]:
+    """Where the images of all jobs lie: of models the folder above the splits, of other programs the one they left."""
+    folders = [
+        found.folder.parent if isinstance(found, ImageFolder) else found.folder
+        for job in jobs
+        for splits in job.folders.values()
+        for found in splits.values()
+    ]
+    return list(dict.fromkeys(folders))
 
 
 def missing(jobs: Sequence[Job]) -> int:

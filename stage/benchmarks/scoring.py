@@ -35,6 +35,8 @@ def judge(
     """Let this process judge its share of all jobs; the first waits for the verdicts of the others."""
     found = [judgings(job) for job in jobs]
     for job, several in zip(jobs, found, strict=True):
+        if len(jobs) > 1 and several:
+            console.print(f"{job.benchmark.name}:")
         for one in several:
             one.score(batch_size=job.config.batch_size, console=console, share=share)
     if share.first:

@@ -39,10 +39,10 @@ def answer(policy: JanusPolicy, image: np.ndarray, text: str, max_new_tokens: in
         pad_token_id=policy.pad_token_id,
         guidance_scale=1.0,
     )
-    model: Any = policy.model
+    generate: Any = GenerationMixin.generate
     # What Janus's own `generate` does for text, without the argument beside a configuration that transformers warns of.
-    found: Tensor = GenerationMixin.generate(
-        model,
+    found: Tensor = generate(
+        policy.model,
         ids,
         attention_mask=batch["attention_mask"],
         pixel_values=pixels(policy, image[None]),
