@@ -88,18 +88,22 @@ class Checkpoints(Checkpoint):
         improved = score is not None and (self.best_score is None or score > self.best_score)
         if improved:
             self.best_score = score
-            self.save(trainer, self.folder / "best.ckpt")
+            self.save(trainer, pl_module, self.folder / "best.ckpt")
         if pl_module.update % self.every == 0 or trainer.should_stop:  # the last update asks to stop, too
-            self.save(trainer, self.last)
+            self.save(trainer, pl_module, self.last)
             self.saved_update = pl_module.update
 
-    def save(self, trainer: Trainer, path: Path) -> None:
-        trainer.save_checkpoint(path, weights_only=False)  # with the state of the optimizer
+    def save(self, trainer: Trainer, pl_module: Any, path: Path) -> None:
+        """Write a checkpoint, with the state of the optimizer; a full disk is an error of all processes."""
+        # What Trainer.save_checkpoint does, but for its barrier, in which the others would wait for one that failed.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        with pl_module.ranks.together():
+            trainer.strategy.save_checkpoint(checkpoint, path)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A stop asked for between two updates comes after the last chance to save."""
         if self.saved_update != pl_module.update:
-            self.save(trainer, self.last)
+            self.save(trainer, pl_module, self.last)
             self.saved_update = pl_module.update
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -111,7 +115,7 @@ class Checkpoints(Checkpoint):
         known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
         if unsaved and pl_module.whole and isinstance(exception, Exception) and known:
-            self.save(trainer, self.last)
+            self.save(trainer, pl_module, self.last)
             self.saved_update = pl_module.update
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from hydra import compose
@@ -334,6 +335,8 @@ def places(device: Any) -> str:
 def fit(trainer: Any, module: Any, resume: str | None) -> None:
     """Train, and say in the last line what came of it; after a signal, exit as a shell expects it."""
     begun, path = time.monotonic(), None if resume is None else str(Path(resume).expanduser())
+    if trainer.world_size > 1:
+        signal.signal(signal.SIGTERM, unless_failing)
     try:
         trainer.fit(module, ckpt_path=path, weights_only=True)
     except SystemExit:  # what Lightning makes of a second Ctrl-C
@@ -374,6 +377,12 @@ def kept(trainer: Any) -> str:
     """The checkpoint that a finished run leaves behind."""
     callback = trainer.checkpoint_callback
     return "no checkpoint was kept" if callback is None else f"evaluate {short(callback.last)}"
+
+
+def unless_failing(number: int, frame: FrameType | None) -> None:
+    """Leave on a signal, but not while an error is on its way out: torchrun ends the others as soon as one has died."""
+    if sys.exc_info()[1] is None:
+        sys.exit(exit_status(number))
 
 
 def exit_status(number: int) -> int:

@@ -76,7 +76,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.detectors": ("*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": (
-        "padding plan_layout names attention draws variation triton_linear triton_decode triton_draw",
+        "padding plan_layout names attention draws variation compiled_decode triton_linear triton_decode triton_draw",
         "template architecture weights",
         "layout text",
         "adapter_files convert",
@@ -84,7 +84,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "pictures",
         "reference janus rollout_weights sharded",
         "decoder plans gathered understanding",
-        "graphed",
+        "graphed cpu_decode",
         "sampler",
         "drawing",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +25,14 @@ class Setting:
 
     guidance_scale: float | Tensor
     temperature: float | Tensor
+
+    @property
+    def varies(self) -> bool:
+        """Whether images have settings of their own."""
+        return isinstance(self.guidance_scale, Tensor) or isinstance(self.temperature, Tensor)
+
+
+Decode = Callable[[JanusPolicy, Prefixes, Tensor, torch.dtype, Setting], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,7 @@ class Sampler:
             )
             prefixes = self._prefixes(policy, prompt, group, length, setting)
             draws = uniforms.to(policy.device).flatten(0, 1)
-            # Weights that are gathered whenever they are read have no address for a graph.
-            visiting = isinstance(policy.rollout_weights, VisitingWeights)
-            decode = self._decode_graphed if _has_graphs(policy) and not visiting else self._decode
-            tokens, logps = decode(policy, prefixes, draws, dtype, setting)
+            tokens, logps = self._decoder(policy, dtype, setting)(policy, prefixes, draws, dtype, setting)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
 
@@ -151,6 +156,14 @@ class Sampler:
         embeddings, mask = policy.prompt_rows(prompt, scale)
         ids = torch.cat([prompt.ids, prompt.unconditional_ids])[: len(embeddings)]
         return find_prefixes(ids, embeddings, mask, policy.position_ids, group, length - 1)
+
+    def _decoder(self, policy: JanusPolicy, dtype: torch.dtype, setting: Setting) -> Decode:
+        """The fastest way to decode that these weights and this device allow."""
+        if _has_graphs(policy):
+            # Weights that are gathered whenever they are read have no address for a graph.
+            visiting = isinstance(policy.rollout_weights, VisitingWeights)
+            return self._decode if visiting else self._decode_graphed
+        return self._decode_compiled if _has_compiled(policy, dtype, setting) else self._decode
 
     def _decode(
         self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype, setting: Setting
@@ -181,6 +194,14 @@ class Sampler:
         decoders: GraphedDecoders = self._graphs[0]
         return decoders.run(policy, prefixes, draws, setting.guidance_scale, setting.temperature, dtype)
 
+    def _decode_compiled(
+        self, policy: JanusPolicy, prefixes: Prefixes, draws: Tensor, dtype: torch.dtype, setting: Setting
+    ) -> tuple[Tensor, Tensor]:
+        """The same in compiled code, a few images at a time on every thread."""
+        from stage.policy.cpu_decode import decode  # numba takes its time to import, and may be missing
+
+        return decode(policy, prefixes, draws, float(setting.guidance_scale), float(setting.temperature))
+
 
 def _row_each(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, torch.float32).flatten()
@@ -197,6 +218,17 @@ def compute_dtype(policy: JanusPolicy) -> torch.dtype:
 
 def _has_graphs(policy: JanusPolicy) -> bool:
     return policy.device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None
+
+
+def _has_compiled(policy: JanusPolicy, dtype: torch.dtype, setting: Setting) -> bool:
+    # Settings that vary from row to row, and weights that a sharded policy brings along, are left to torch.
+    if policy.device.type != "cpu" or setting.varies or policy.rollout_weights is not None:
+        return False
+    if find_spec("numba") is None:
+        return False
+    from stage.policy.cpu_decode import can_decode
+
+    return can_decode(policy, dtype)
 
 
 def _check_finite(logps: Tensor) -> None:

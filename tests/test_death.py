@@ -1,0 +1,102 @@
+"""The real program in two real processes: one fails, one is killed, all are told to stop; and where they go on from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stage.training_checkpoint import read_training_checkpoint
+from stage.types import Prompt, Scores
+from tests.processes import free_port
+from tests.tiny_training import ROOT, Redness
+
+QUIET = ("callbacks.validation=null", "callbacks.images=null", "callbacks.progress.every=1")
+SMALL = ("data.prompts_per_update=2", "group_size=4", "trainer.accelerator=cpu")
+TIME = 60  # seconds in which all processes must have ended
+
+
+class OnSecond(Redness):
+    """In call `at` of the second process: `raise` an error, `kill` the process, or `none` of it, slowly."""
+
+    def __init__(self, how: str, at: int) -> None:
+        super().__init__(0.0)
+        self.how, self.at, self.calls = how, at, 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        self.calls += 1
+        if self.how == "none":
+            time.sleep(0.3)
+        elif self.calls == self.at and os.environ.get("RANK") == "1":
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ConnectionError("the reward servers are gone")
+        return super().__call__(images, prompts)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """train.py under torchrun."""
+    (folder / "conf" / "reward").mkdir(parents=True, exist_ok=True)
+    text = "_target_: tests.test_death.OnSecond\nhow: none\nat: 3\n"
+    (folder / "conf" / "reward" / "second.yaml").write_text(text, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += [
+        "--master-port",
+        str(free_port()),
+        str(ROOT / "train.py"),
+        "--config-dir",
+        str(folder / "conf"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*torchrun, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def begin(folder: Path, strategy: str, *arguments: str) -> subprocess.Popen[str]:
+    return start(folder, f"strategy={strategy}", "reward=second", "output=run", *QUIET, *SMALL, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "how"), [("ddp", "raise"), ("fsdp", "kill")])
+def test_all_processes_end_with_the_reason(tmp_path: Path, strategy: str, how: str) -> None:
+    process = begin(tmp_path, strategy, f"reward.how={how}", "updates=5", "callbacks.checkpoints.every=1")
+    output, _ = process.communicate(timeout=TIME)
+    assert process.returncode == 1, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    reason = "process 1 of 2 failed: ConnectionError: the reward servers are gone"
+    assert (reason if how == "raise" else "every process must come to each exchange in time") in errors[0]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert read_training_checkpoint(last)["update"] == 2
+    again = start(tmp_path, f"resume={last}", "reward=second", "reward.how=none", "updates=3")
+    output, _ = again.communicate(timeout=TIME)
+    assert again.returncode == 0 and "3 updates done" in output, output
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_or_one_saves_and_leaves(tmp_path: Path) -> None:
+    process = begin(tmp_path, "ddp", "updates=200", "callbacks.checkpoints.every=1000")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("update 2/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIME)
+    assert "stopped after update " in output, output
+    saved = read_training_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert f"update {saved['update']} of 200 is saved" in output
+    assert len(saved["processes"]) == 2 and torch.is_tensor(saved["processes"][1]["torch"])
