@@ -36,7 +36,7 @@ def evaluate(config: DictConfig) -> None:
     from rich.console import Console
 
     from stage.benchmarks import jobs as plan
-    from stage.benchmarks.scoring import judge, report_job
+    from stage.benchmarks.scoring import AGAIN, asked, judge, report_job
     from stage.benchmarks.share import join, local_device
     from stage.report.page import write_report
     from stage.subject import choose_device, find_subjects
@@ -45,6 +45,7 @@ def evaluate(config: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     share = join(config.processes, config.device)
     console, device = Console(quiet=not share.first), choose_device(local_device(config.device))
+    score = asked(config.score, share)
     configs = plan.configurations(config, overrides)
     subjects = None if config.images is not None else find_subjects(config, overrides)
     bootstrap = instantiate(config.intervals)
@@ -58,13 +59,16 @@ def evaluate(config: DictConfig) -> None:
         sampler = instantiate(subjects.sampler)
         jobs = [plan.of_models(*pair, subjects, device) for pair in zip(configs, benchmarks, strict=True)]
         timing = plan.draw_all(jobs, sampler, batch_size=config.batch_size, console=console, share=share)
-    if not config.score:
+    if score == "no":
         if share.first:
             share.wait(lambda: plan.missing(jobs), config.patience_seconds)
-            folders = ", ".join(launch.short(item.folder) for job in jobs for item in job.candidates)
+            folders = (
+                ", ".join(map(launch.short, plan.image_folders(jobs))) or "no folder, since none are drawn"
+            )
             print(f"images in {folders}; the same command without score=false scores them", flush=True)
         return
-    judged = judge(jobs, console=console, share=share, patience_seconds=config.patience_seconds)
+    again, patience = score == AGAIN, config.patience_seconds
+    judged = judge(jobs, console=console, share=share, patience_seconds=patience, again=again)
     if not share.first:
         return
     share.wait(lambda: plan.missing(jobs), config.patience_seconds)

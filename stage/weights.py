@@ -223,6 +223,7 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"the device of a scorer or detector must be there, got {device!r} without CUDA; set device to cpu"
+            f"the device of a scorer or detector must be there, got {device!r} without CUDA; set its `device` to cpu: "
+            "benchmark.scorer.device=cpu or reward.device=cpu, benchmark.scorer.detector.device=cpu for GenEval"
         )
     return place, DTYPES[dtype]

@@ -94,6 +94,24 @@ def test_a_second_run_draws_nothing_and_says_the_same(world: World, monkeypatch:
         assert second[same] == first[same]
 
 
+def test_verdicts_are_given_again_when_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (f"checkpoint={world.checkpoint}", "splits=[validation]")
+    assert run(world, monkeypatch, *arguments) is None
+    first = results(world.run / "evaluation" / "last")
+    files = sorted(world.run.rglob("verdicts/*/*.json"))
+    for file in files:
+        content = json.loads(file.read_text())
+        for verdict in content["verdicts"]:
+            verdict["reason"] = "made up"
+        file.write_text(json.dumps(content))
+    assert run(world, monkeypatch, *arguments) is None  # believes what is there
+    assert "made up" in (world.run / "evaluation" / "last" / "results.json").read_text()
+    assert run(world, monkeypatch, *arguments, "score=again") is None
+    assert results(world.run / "evaluation" / "last")["images"] == first["images"]
+    assert sorted(world.run.rglob("verdicts/*/*.json")) == files
+    assert "score is true, false or again, got 'agian'" in run(world, monkeypatch, *arguments, "score=agian")
+
+
 def test_another_checkpoint_of_the_run_shares_the_base(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     other = world.checkpoint.with_name("best.ckpt")
     other.write_bytes(world.checkpoint.read_bytes())

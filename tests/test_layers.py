@@ -98,7 +98,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "stage.benchmarks": (
         "images intervals provenance categories published lists accumulate writer",
         "benchmark share outside fetch compbench official",
-        "shapes generate verdicts",
+        "shapes generate verdicts adopt",
         "evaluation",
         "layout models judging adding",
         "results drift understanding jobs",

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from stage.benchmarks.adopt import adopt
 from stage.benchmarks.benchmark import Benchmark, Verdict
 from stage.benchmarks.generate import draw
 from stage.benchmarks.images import ImageFolder, Images, Planned
@@ -43,6 +44,8 @@ class Candidate:
         settings: plain values its images depend on; must hold `checkpoint` and `seed`.
         record: what results.json says about it.
         load: reads the weights; called only when images are missing.
+        pool: holds the folders of this model's other benchmarks, whose images serve here where they are the same; None
+            for a folder that stands alone.
     """
 
     role: str
@@ -50,6 +53,7 @@ class Candidate:
     settings: Mapping[str, Any]
     record: Mapping[str, Any]
     load: Callable[[], JanusPolicy]
+    pool: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,9 @@ def draw_missing(
     console: Console,
     share: Share = WHOLE,
 ) -> dict[str, float]:
-    """Stage one: draw what is not there yet; return the number of `images` made and the `seconds` it took.
+    """Stage one: draw what is not there yet, nor in the `pool`.
 
+    Returns the number of `images` made and the `seconds` it took.
     The weights are read only if something is missing, and the time does not count the reading.
 
     Args:
@@ -133,6 +138,13 @@ def draw_missing(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least one image, got {batch_size}; 64 suits two cores")
     planned = sum(len(share.of(folder.planned)) for folder in folders.values())
+    adopted = 0
+    if candidate.pool is not None:
+        adopted = sum(
+            adopt(folder, candidate.pool, share.of(folder.missing())) for folder in folders.values()
+        )
+    if adopted:
+        console.print(f"{candidate.role}: {adopted} images are another benchmark's of the same prompts")
     missing = sum(len(share.of(folder.missing())) for folder in folders.values())
     if not missing:
         console.print(f"{candidate.role}: all {planned} images are there already")

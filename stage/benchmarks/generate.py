@@ -4,13 +4,14 @@ Every image has its own uniforms, keyed by (seed, prompt id, sample), and every 
 width whatever is left to draw. So an image does not depend on the batch it is drawn in or on what was finished before.
 
 The batches of a split have one shape, whoever draws them: a last one that is not full is filled with other prompts,
-whose images are thrown away. Matrix products of another shape may round otherwise, and a token in ten thousand then
+whose images are thrown away, and a prompt that lacks some of its images, after an interruption, is drawn with all of
+them. Matrix products of another shape may round otherwise, and a token in ten thousand then
 falls on the other side of its uniform number; and on CUDA every shape is a graph of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from itertools import groupby
 
@@ -51,9 +52,10 @@ def draw(
     indices = sorted(texts)
     tokens = drawing.tokenize(policy, sampler, [texts[index] for index in indices])
     row = {index: position for position, index in enumerate(indices)}
-    made = 0
+    wanted = share.of(folder.missing())
+    absent = {item.file for item in wanted}
     with Writer(drawn) as writer:
-        for batch, fillers in _batches(share.of(folder.missing()), indices, batch_size):
+        for batch, fillers in _batches(share.of(folder.planned), absent, indices, batch_size):
             places = [row[group[0].index] for group in batch] + [row[index] for index in fillers]
             rows = torch.tensor(places, device=tokens.ids.device)
             prompt = map_tensors(tokens, lambda tensor, rows=rows: tensor[rows])
@@ -63,7 +65,9 @@ def draw(
             plans = None if samples.plans is None else plan_texts(policy, samples.plans)
             images = policy.decode(samples.tokens).cpu().numpy()
             codes = samples.tokens.cpu().numpy()
-            places_of = [(p, g) for p, group in enumerate(batch) for g in range(len(group))]
+            places_of = [
+                (p, g) for p, group in enumerate(batch) for g, item in enumerate(group) if item.file in absent
+            ]
             writer.write(
                 [
                     partial(
@@ -77,8 +81,7 @@ def draw(
                     for p, g in places_of
                 ]
             )
-            made += len(places_of)
-    return made
+    return len(wanted)
 
 
 def _save(
@@ -93,20 +96,23 @@ def _save(
 
 
 def _batches(
-    missing: Sequence[Planned], indices: Sequence[int], batch_size: int
+    planned: Sequence[Planned], absent: Set[str], indices: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[list[Planned]], list[int]]]:
     """Batches `[P][G]` of at most `batch_size` images, all images of a prompt beside each other where they fit.
 
-    A prompt that lacks fewer images than its neighbours, after an interruption, goes into a batch with its like. With
-    each batch come the lines of the prompt file that fill it up to as many prompts as any batch of its G has.
+    Prompts of which nothing is absent are left out, others have all their images, so that G does not tell what was
+    there before. With each batch come the lines of the prompt file that fill it up to as many prompts as any of its G
+    has.
 
     Args:
+        planned: all images of the share, and `absent` the files that are to be drawn.
         indices: all lines of the split, whether drawn or not.
     """
     groups = []
-    for _, same in groupby(missing, key=lambda item: item.index):
+    for _, same in groupby(planned, key=lambda item: item.index):
         items = list(same)
-        groups += [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        groups += [part for part in parts if any(item.file in absent for item in part)]
     groups.sort(key=len, reverse=True)  # stable: the order of the prompt file within a size
     for size, alike in groupby(groups, key=len):
         rows = list(alike)

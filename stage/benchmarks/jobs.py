@@ -131,20 +131,37 @@ def nothing_drawn(jobs: Sequence[Job]) -> list[dict[str, dict[str, float]]]:
 def draw_all(
     jobs: Sequence[Job], sampler: Sampler, *, batch_size: int, console: Console, share: Share
 ) -> list[dict[str, dict[str, float]]]:
-    """Stage one for all jobs, which have the same models; each is read once. Images and seconds by job and role."""
+    """Stage one for all jobs, which have the same models; each is read once. Images and seconds by job and role.
+
+    Those that keep tokens come first: others of the same prompts can do with their images, but not the other way round.
+    """
     timing: list[dict[str, dict[str, float]]] = [{} for _ in jobs]
     for position, candidate in enumerate(jobs[0].candidates):
         load = cache(candidate.load)
-        for job, spent in zip(jobs, timing, strict=True):
+        pairs = zip(jobs, timing, strict=True)
+        for job, spent in sorted(pairs, key=lambda pair: not pair[0].benchmark.keeps_tokens):
             item = replace(job.candidates[position], load=load)
             folders = {n: f for n, f in job.folders[item.role].items() if isinstance(f, ImageFolder)}
             if not folders:  # questions, for example
                 continue
+            if len(jobs) > 1:
+                console.print(f"{job.benchmark.name}:")
             spent[item.role] = draw_missing(
                 item, folders, sampler, batch_size=batch_size, console=console, share=share
             )
         sampler.release()  # keys, values and the model that they are of: the next one and the scorers need the room
     return timing
+
+
+def image_folders(jobs: Sequence[Job]) -> list[Path]:
+    """Where the images of all jobs lie: of models the folder above the splits, of other programs the one they left."""
+    folders = [
+        found.folder.parent if isinstance(found, ImageFolder) else found.folder
+        for job in jobs
+        for splits in job.folders.values()
+        for found in splits.values()
+    ]
+    return list(dict.fromkeys(folders))
 
 
 def missing(jobs: Sequence[Job]) -> int:

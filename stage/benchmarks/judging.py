@@ -62,6 +62,11 @@ class Judging:
                     advance(group * len(rows))
         return open_
 
+    def forget(self) -> None:
+        """Delete the verdicts that this scorer has given, those of other settings or versions stay."""
+        for verdicts in self.verdicts.values():
+            verdicts.forget()
+
     def missing(self) -> int:
         """Images of all shares whose prompt has no verdicts yet."""
         group = self.benchmark.images_per_prompt

@@ -49,7 +49,12 @@ def lay_out(
     folders = _folders(models, f"base-{_fingerprint(settings['base'])}", output)
     return [
         Candidate(
-            role, folders[role] / subfolder, settings[role], subject.record(), partial(subject.load, device)
+            role,
+            folders[role] / subfolder,
+            settings[role],
+            subject.record(),
+            partial(subject.load, device),
+            folders[role] if subfolder else None,
         )
         for role, subject in models.items()
     ]

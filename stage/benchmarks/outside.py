@@ -171,8 +171,13 @@ def _geneval(folder: Path, prompts: Sequence[Prompt]) -> Found:
                 samples.append(path)
             else:
                 found.fault("not named by a number", f"{place.name}/samples/{path.name}")
-        for sample, path in enumerate(sorted(samples, key=lambda path: int(path.stem))):
-            found.pictures[index, sample] = path
+        first = min((int(path.stem) for path in samples), default=0)
+        for path in samples:
+            sample = int(path.stem) - min(first, 1)  # some programs count from 1
+            if (index, sample) in found.pictures:
+                found.fault("twice there", f"{place.name}/samples/{path.name}")
+            else:
+                found.pictures[index, sample] = path
     return found
 
 
@@ -274,7 +279,7 @@ def _whole(
     try:
         with Image.open(path) as picture:
             size = picture.size
-            picture.verify()
+            picture.verify() if picture.format == "PNG" else picture.load()  # only PNG has checksums to verify
     except (OSError, SyntaxError) as error:
         found.fault("damaged", f"{path.relative_to(folder).as_posix()} ({error})")
     else:

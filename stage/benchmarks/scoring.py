@@ -20,6 +20,8 @@ from stage.benchmarks.share import Share
 from stage.policy.sampler import Sampler
 from stage.subject import Subjects
 
+AGAIN = "again"
+
 
 def judgings(job: Job) -> list[Judging]:
     """The images of each model of a job before its scorer; none where the benchmark looks at the models themselves."""
@@ -30,11 +32,19 @@ def judgings(job: Job) -> list[Judging]:
 
 
 def judge(
-    jobs: Sequence[Job], *, console: Console, share: Share, patience_seconds: float
+    jobs: Sequence[Job], *, console: Console, share: Share, patience_seconds: float, again: bool = False
 ) -> list[list[Judging]]:
-    """Let this process judge its share of all jobs; the first waits for the verdicts of the others."""
+    """Let this process judge its share of all jobs; the first waits for the verdicts of the others.
+
+    Args:
+        again: forget the verdicts that are there; for one process alone, see `asked`.
+    """
     found = [judgings(job) for job in jobs]
+    for one in (one for several in found for one in several if again):
+        one.forget()
     for job, several in zip(jobs, found, strict=True):
+        if len(jobs) > 1 and several:
+            console.print(f"{job.benchmark.name}:")
         for one in several:
             one.score(batch_size=job.config.batch_size, console=console, share=share)
     if share.first:
@@ -42,6 +52,19 @@ def judge(
             lambda: sum(one.missing() for several in found for one in several), patience_seconds, "verdicts"
         )
     return found
+
+
+def asked(score: object, share: Share) -> str:
+    """What `score` of the configuration says: `yes`, `no` or `again`; ValueError where it says something else."""
+    words = {True: "yes", False: "no", AGAIN: AGAIN}
+    if not isinstance(score, bool | str) or score not in words:
+        raise ValueError(f"score is true, false or {AGAIN}, got {score!r}; set score=true")
+    if score == AGAIN and share.processes > 1:
+        raise ValueError(
+            f"score={AGAIN} deletes verdicts that another process may be writing, and there are {share.processes}; "
+            "give it to one process, or remove the folders `verdicts` and let several score"
+        )
+    return words[score]
 
 
 def report_job(

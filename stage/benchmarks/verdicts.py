@@ -56,6 +56,11 @@ class Verdicts:
             return None
         return [Verdict(verdict["parts"], verdict["reason"]) for verdict in found["verdicts"]]
 
+    def forget(self) -> None:
+        """Delete all verdicts of this scorer, so that the next `load` finds none."""
+        for file in self.folder.glob("*.json"):
+            file.unlink()
+
     def has(self, index: int) -> bool:
         """Whether line `index` was judged, whatever its images were."""
         return self._file(index).is_file()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin
 
 from stage.policy.janus import JanusPolicy
 
@@ -32,15 +33,20 @@ def answer(policy: JanusPolicy, image: np.ndarray, text: str, max_new_tokens: in
     shown = words.boi_token + words.image_token * policy.num_image_tokens + words.eoi_token
     batch = words([text.replace(PLACE, shown)], return_tensors="pt").to(policy.device)
     ids = batch["input_ids"]
-    model: Any = policy.model
-    found = model.generate(
+    settings = GenerationConfig(
+        do_sample=False,
+        max_length=ids.shape[1] + max_new_tokens,  # the model's own configuration may have another
+        pad_token_id=policy.pad_token_id,
+        guidance_scale=1.0,
+    )
+    generate: Any = GenerationMixin.generate
+    # What Janus's own `generate` does for text, without the argument beside a configuration that transformers warns of.
+    found: Tensor = generate(
+        policy.model,
         ids,
         attention_mask=batch["attention_mask"],
         pixel_values=pixels(policy, image[None]),
-        generation_mode="text",
-        do_sample=False,
-        max_length=ids.shape[1] + max_new_tokens,  # a generation config may have one of its own
-        pad_token_id=policy.pad_token_id,
+        generation_config=settings,
     )
     # Given ids, transformers returns them before what it made.
     return " ".join(words.decode(found[0, ids.shape[1] :], skip_special_tokens=True).split())

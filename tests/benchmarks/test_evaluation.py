@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -142,6 +142,29 @@ def test_the_batches_of_a_split_have_one_shape_whoever_draws_them(
     width = policy.tokenize([prompt.text for prompt in prompts()]).ids.shape[1]
     assert shapes == [(2, width, 2, 2, 2)] * 2 and sum(made) == 6
     assert digests(tmp_path) == draw_all(policy, tmp_path / "whole", 64, images=2)
+
+
+def test_what_is_drawn_after_an_interruption_has_the_shapes_of_the_whole(
+    policy: JanusPolicy, tmp_path: Path
+) -> None:
+    """Shapes `[P, G]` of what a sampler is asked for, with 3 prompts of 5 images in batches of 4: G is 4, then 1."""
+    shapes: list[tuple[int, ...]] = []
+
+    def measured(policy: JanusPolicy, prompt: PromptTokens, uniforms: torch.Tensor) -> Any:
+        shapes.append(tuple(uniforms.shape[:2]))
+        return Sampler(2.0, 1.0)(policy, prompt, uniforms)
+
+    def again() -> list[tuple[int, ...]]:
+        shapes.clear()
+        draw(policy, cast(Any, measured), folder(tmp_path, 5), batch_size=4, drawn=lambda n: None)
+        return sorted(shapes)
+
+    assert again() == [(1, 4)] * 3 + [(3, 1)]
+    whole = digests(tmp_path)
+    for name in ("00000_1", "00002_3", "00002_4"):
+        (tmp_path / "images" / f"{name}.png").unlink()
+    assert again() == [(1, 4)] * 2 + [(3, 1)]
+    assert digests(tmp_path) == whole
 
 
 def test_a_kill_between_batches_loses_nothing_that_was_drawn(policy: JanusPolicy, tmp_path: Path) -> None:

@@ -175,3 +175,37 @@ def test_the_hash_is_of_the_pictures(tmp_path: Path) -> None:
     assert opened(tmp_path).sha256 == first
     paint(tmp_path / "00003.png", 1)
     assert opened(tmp_path).sha256 != first
+
+
+def test_what_geneval_lacks_is_named_by_its_number(tmp_path: Path) -> None:
+    geneval(tmp_path)
+    (tmp_path / "00000" / "samples" / "0001.png").unlink()
+    (tmp_path / "00002" / "samples" / "0000.png").rename(tmp_path / "00002" / "samples" / "0004.png")
+    # The second folder seems to count from one, as some programs do.
+    missing = (
+        r"2 missing \(image 1 of line 0, .*image 1 of line 2, .*\); 1 more than planned \(00002/samples/0004"
+    )
+    with pytest.raises(ValueError, match=missing):
+        OutsideFolder(tmp_path, prompts(), GROUP, ["a", "b", "c"])
+
+
+def test_geneval_may_count_from_one(tmp_path: Path) -> None:
+    geneval(tmp_path)
+    for number in (1, 0):
+        for place in tmp_path.glob("0*/samples"):
+            (place / f"{number:04d}.png").rename(place / f"{number + 1:04d}.png")
+    found = OutsideFolder(tmp_path, prompts(), GROUP, ["a", "b", "c"])
+    assert [int(found.load(item).mean()) for item in found.planned] == [
+        level(index, sample) for index in range(3) for sample in range(GROUP)
+    ]
+
+
+def test_a_truncated_jpeg_is_damaged(tmp_path: Path) -> None:
+    for index in range(6):
+        noise = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{index:05d}.jpg")
+    OutsideFolder(tmp_path, prompts(), GROUP, ["a", "b", "c"])
+    file = tmp_path / "00003.jpg"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"1 damaged \(00003.jpg"):
+        OutsideFolder(tmp_path, prompts(), GROUP, ["a", "b", "c"])
