@@ -85,5 +85,5 @@ $(CORE): pyproject.toml constraints.txt | $(PY)
 
 $(DEV): pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): about 6 GB, most of it PyTorch; minutes the first time"
-	$(INSTALL) --editable '.[dev,geneval,lora,ocr,serve]'
+	$(INSTALL) --editable '.[dev,dashboard,geneval,launchers,lora,ocr,serve]'
 	@touch $(CORE) $@

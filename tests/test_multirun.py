@@ -211,7 +211,10 @@ LAUNCHERS = [
 def test_a_job_that_dies_stops_none_of_its_siblings(sweep: Any, tmp_path: Path, launcher: str) -> None:
     if launcher != "basic":
         pytest.importorskip(
-            {"parallel": "joblib", "submitit_local": "submitit"}[launcher],
+            {
+                "parallel": "hydra_plugins.hydra_joblib_launcher",
+                "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+            }[launcher],
             reason="the extra launchers is not installed",
         )
     process = sweep("seed=1,2,3", "hydra.sweep.dir=out", f"hydra/launcher={launcher}")

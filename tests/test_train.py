@@ -143,7 +143,7 @@ def test_nothing_but_the_program_speaks(program: Program, recwarn: pytest.Warnin
 
 def test_what_a_run_takes_is_said(program: Program) -> None:
     """Memory before the first update, hours after it, and a kernel that is not there before anything."""
-    lines = program("updates=2").splitlines()
+    lines = program("updates=2", "output=said").splitlines()
     assert [line.split(" ")[0:2] for line in lines[:3]] == [
         ["2", "updates"],
         ["memory", "on"],
