@@ -139,6 +139,21 @@ class RequireToken:
         await self.app(scope, receive, send)
 
 
+class CountAnswers:
+    """ASGI middleware: counts answers by status as they begin. A client that hangs up first is no answer."""
+
+    def __init__(self, app: Any, counter: Counter) -> None:
+        self.app, self.counter = app, counter
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.counter.labels(message["status"]).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted)
+
+
 def problem(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error as JSON in ASCII, whatever characters the client sent."""
     content = json.dumps({"detail": text})
@@ -220,14 +235,9 @@ def build_app(service: Service) -> FastAPI:
     )
     app.add_middleware(LimitBody, max_bytes=service.limits.max_bytes)
     app.add_middleware(RequireToken, token=service.token)  # the later one comes first
+    app.add_middleware(CountAnswers, counter=service.answers)
     app.add_exception_handler(RequestValidationError, _explain_schema)
     app.add_exception_handler(HTTPException, _explain)
-
-    @app.middleware("http")
-    async def count(request: Request, following: Any) -> Response:
-        response: Response = await following(request)
-        service.answers.labels(response.status_code).inc()
-        return response
 
     _add_routes(app, service)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import schemathesis
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 
 from stage.rewards.service import Limits, build_app, check_exposure, scorer_identity
 from stage.rewards.wire import encode_image
@@ -124,6 +126,35 @@ def test_the_counters_count(client: TestClient) -> None:
     text = client.get("/metrics").text
     assert "stage_scored 4.0" in text and "stage_calls 1.0" in text and "stage_waiting 0.0" in text
     assert 'stage_answers_total{status="422"} 1.0' in text
+
+
+def test_a_client_that_hangs_up_is_no_error() -> None:
+    """It goes before its body has come: nothing is answered, nothing counted, and nothing raised into the log."""
+    made = service(Brightness())
+    app, sent = build_app(made), []
+    headers = [(b"authorization", HEADERS["Authorization"].encode()), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/score",
+        "raw_path": b"/v1/score",
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "scheme": "http",
+    }
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert not sent and "stage_answers_total{" not in generate_latest(made.registry).decode()
 
 
 def test_about_names_scorer_and_weights(client: TestClient) -> None:
