@@ -18,6 +18,7 @@ from stage.paths import sha256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a folder in the layout of transformers is made of, without weights of other frameworks.
 FOLDER = ("*.json", "*.txt", "*.model", "*.safetensors")
+HUB_SECONDS = 10.0  # that the hub has to say whether it has a repository
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,8 @@ def locate(path: str, revision: str | None, home: Home) -> Path:
     if paths.PACKAGE not in path and path.count("/") == 1 and path[0] not in "./~":
         try:
             return _download(path, revision, home.file)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            reason = f"it is not here, and the hub did not give it ({type(error).__name__}: {first})"
+        except FileNotFoundError as error:
+            reason = f"it is not here, and the hub did not give it ({error})"
     raise FileNotFoundError(
         f"weights must be there before the first rollout, looked for {str(path)!r}"
         f"{f' at revision {revision!r}' if revision else ''}: {reason}. Run `{home.download()}` where there is a "
@@ -68,16 +68,42 @@ def locate(path: str, revision: str | None, home: Home) -> Path:
 
 
 def _download(repository: str, revision: str | None, file: str) -> Path:
+    """The file, or the folder, from the hub, or from its cache where the hub does not answer.
+
+    Raises:
+        FileNotFoundError: neither has it; says why the hub has not.
+    """
     import huggingface_hub
 
-    if file:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
-    wanted = [*FOLDER]
-    folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    if not any(folder.glob("*.safetensors")):
-        wanted = [*FOLDER, "*.bin"]
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    return folder
+    silent: Exception | None = None
+    try:
+        # Once: downloads ask again and again, for half a minute where there is no network.
+        huggingface_hub.HfApi().repo_info(repository, revision=revision, timeout=HUB_SECONDS)
+    except Exception as error:  # of kinds that change with the hub's client and its settings
+        silent = error
+
+    def fetch(*wanted: str) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(wanted),
+                local_files_only=silent is not None,
+            )
+        )
+
+    try:
+        if not file:
+            folder = fetch(*FOLDER)
+            return folder if any(folder.glob("*.safetensors")) else fetch(*FOLDER, "*.bin")
+        place = fetch(file) / file
+    except (OSError, ValueError) as error:
+        reason = silent or error
+        first, _, _ = str(reason).partition("\n")
+        raise FileNotFoundError(f"{type(reason).__name__}: {first}") from reason
+    if not place.is_file():
+        raise FileNotFoundError(f"{repository} has no {file}")
+    return place
 
 
 def provenance(place: Path, path: str, revision: str | None) -> dict[str, Any]:
@@ -224,6 +250,7 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"the device of a scorer or detector must be there, got {device!r} without CUDA; set its `device` to cpu: "
-            "benchmark.scorer.device=cpu or reward.device=cpu, benchmark.scorer.detector.device=cpu for GenEval"
+            "benchmark.scorer.device=cpu or reward.device=cpu, reward.scorers.NAME.device=cpu in a combination, "
+            "benchmark.scorer.detector.device=cpu for GenEval"
         )
     return place, DTYPES[dtype]
