@@ -74,7 +74,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "credit_metrics sums",
         "objective",
     ),
-    "stage.detectors": ("*", "paddle_models mask2former mmdet clip_colors"),
+    "stage.detectors": ("mmdet_settings", "*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": (
         "padding plan_layout names attention draws variation compiled_decode triton_linear triton_decode triton_draw",
         "template architecture weights",
@@ -89,7 +89,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "drawing",
     ),
     "stage.rewards": (
-        "batcher grid known_answers mentions phrases pixels wire",
+        "batcher grid known_answers members mentions parts phrases pixels wire",
         "grounding tower",
         "*",
         "combine by_category remote service",

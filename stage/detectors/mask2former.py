@@ -14,6 +14,7 @@ from stage.detectors.coco import CLASS_NAMES
 from stage.detectors.mask2former_pipeline import Frame, Instances, frame, instances, prepare
 from stage.detectors.mask2former_weights import build
 from stage.detectors.mmdet_checkpoint import read_checkpoint
+from stage.detectors.mmdet_settings import require_representable
 from stage.types import Detection, Detections
 from stage.weights import Home, locate, placement, provenance
 
@@ -41,7 +42,8 @@ class Mask2FormerDetector:
 
     Raises:
         FileNotFoundError: there are no weights; says what to download.
-        ValueError: the weights are of another model, or an argument is out of its range.
+        ValueError: the weights are of another model, or of one that transformers does not have, or an argument is out
+            of its range.
     """
 
     class_names: Sequence[str] = CLASS_NAMES
@@ -69,7 +71,7 @@ class Mask2FormerDetector:
         self.batches = Batches(batch_size, "Mask2Former")
         self.device, self.dtype = placement(device, dtype)
         file = locate(weights, revision, HOME)
-        model: Any = build(read_checkpoint(file))
+        model: Any = build(read_checkpoint(file, require_representable))
         if model.config.num_labels != len(CLASS_NAMES):
             raise ValueError(
                 f"the classes are the {len(CLASS_NAMES)} of COCO, {file} tells {model.config.num_labels} apart; "

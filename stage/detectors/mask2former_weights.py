@@ -208,6 +208,9 @@ def _sizes(state: Mapping[str, Tensor]) -> Mask2FormerConfig:
     }
     pixel, decoder = f"{HEAD}.pixel_decoder", f"{HEAD}.transformer_decoder"
     first = f"{pixel}.encoder.layers.0"
+    levels = state[f"{pixel}.level_encoding.weight"].shape[0]
+    if levels != LEVELS or stages != 4:
+        raise ValueError(f"transformers sees {LEVELS} levels of 4 stages, this model {levels} of {stages}")
     queries, hidden = state[f"{HEAD}.query_feat.weight"].shape
     sizes: dict[str, Any] = {
         "feature_size": _in_groups(state[f"{pixel}.level_encoding.weight"].shape[1]),

@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,10 +43,12 @@ class Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
-def read_checkpoint(file: Path) -> dict[str, Tensor]:
+def read_checkpoint(file: Path, accept: Callable[[Any, Path], None] | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint of mmdet 2 or 3, on the CPU, by the names of mmdet 3.3.
 
-    `file` holds a mapping with `state_dict`, or the state dict itself.
+    Args:
+        file: holds a mapping with `state_dict`, or the state dict itself.
+        accept: is shown what the file has as `meta`, None for nothing, and the file; raises to refuse them.
 
     Raises:
         ValueError: the file is no such checkpoint, or its records cannot be skipped safely.
@@ -59,6 +61,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"is not: {error}. Download it again; if it is whole, load it where you trust it and save "
             f"torch.save({{'state_dict': checkpoint['state_dict']}}, path)"
         ) from error
+    if accept is not None:
+        accept(content.get("meta") if isinstance(content, Mapping) else None, file)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state:
         raise ValueError(

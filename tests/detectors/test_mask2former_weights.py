@@ -111,6 +111,11 @@ def test_all_faults_are_listed_at_once() -> None:
         ("panoptic_head.query_feat.weight", (6,), "not enough values"),
         ("panoptic_head.pixel_decoder.level_encoding.weight", (3, 40), "32 groups and has 40 channels"),
         (
+            "panoptic_head.pixel_decoder.level_encoding.weight",
+            (4, 32),
+            "3 levels of 4 stages, this model 4 of 4",
+        ),
+        (
             "panoptic_head.pixel_decoder.encoder.layers.0.self_attn.attention_weights.weight",
             (47, 32),
             "has 47 rows for 3 levels of 4 points",
