@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.provenance import weights_of
-from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer, Scores
+from stage.rewards import members
+from stage.types import Prompt, Scorer, Scores
 
 
 class ByCategory:
@@ -35,27 +35,16 @@ class ByCategory:
     @property
     def provenance(self) -> dict[str, Any]:
         """What results record of each scorer that has weights, by its name."""
-        found = {name: weights_of(scorer) for name, scorer in self.scorers.items()}
-        return {name: record for name, record in found.items() if record}
+        return members.provenance(self.scorers)
 
     def self_check(self) -> None:
         """Raises ValueError where one of the scorers does not know its answers, with the scorer's name."""
-        for name, scorer in self.scorers.items():
-            if isinstance(scorer, ChecksItself):
-                try:
-                    scorer.self_check()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+        members.self_check(self.scorers)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt without a scorer, or that its scorer cannot score."""
         for category, rows in self._rows(prompts).items():
-            scorer = self.scorers[self.categories[category]]
-            if isinstance(scorer, ChecksPrompts):
-                try:
-                    scorer.check([prompts[row] for row in rows])
-                except ValueError as error:
-                    raise ValueError(f"{category}: {error}") from error
+            members.check(self.scorers[self.categories[category]], [prompts[row] for row in rows], category)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to one part `[P, G, 1]`."""

@@ -14,8 +14,8 @@ from stage.types import Prompt, Scores
 class ClipReward:
     """Cosine between image and prompt, in [-1, 1]; generated images lie around 0.15 to 0.35.
 
-    Source: THUDM/ImageReward ImageReward/models/CLIPScore.py. CLIPScore of arXiv 2104.08718 is 2.5 times this,
-    with negative values cut off: set the weight to 2.5 for its scale.
+    Source: THUDM/ImageReward ImageReward/models/CLIPScore.py. A weight of 2.5 gives the scale of CLIPScore (arXiv
+    2104.08718), which also cuts negative values off, reads "A photo depicts" before the prompt and has ViT-B/32.
 
     Departures: 1. Weights are in `dtype` throughout and the cosine in float32.
 

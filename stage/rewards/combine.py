@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stage.provenance import weights_of
+from stage.rewards import members
 from stage.score_checks import UnusableScores, check_values
-from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer, Scores
+from stage.types import Prompt, Scorer, Scores
 
 
 class Gate(Protocol):
@@ -78,26 +78,16 @@ class Combine:
     @property
     def provenance(self) -> dict[str, Any]:
         """What results record of each scorer that has weights, by its name."""
-        found = {name: weights_of(scorer) for name, scorer in self.scorers.items()}
-        return {name: record for name, record in found.items() if record}
+        return members.provenance(self.scorers)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt that one of the scorers cannot score, with the scorer's name."""
         for name, scorer in self.scorers.items():
-            if isinstance(scorer, ChecksPrompts):
-                try:
-                    scorer.check(prompts)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+            members.check(scorer, prompts, name)
 
     def self_check(self) -> None:
         """Raises ValueError where one of the scorers does not know its answers, with the scorer's name."""
-        for name, scorer in self.scorers.items():
-            if isinstance(scorer, ChecksItself):
-                try:
-                    scorer.self_check()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+        members.self_check(self.scorers)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to the parts of all scorers `[P, G, R]`.

@@ -14,7 +14,8 @@ from torch import Tensor
 from stage.geneval import Colors, Judge, Ruling
 from stage.provenance import weights_of
 from stage.request import Request, parse_request
-from stage.rewards import known_answers
+from stage.rewards import grid, known_answers
+from stage.rewards.parts import Parts
 from stage.types import (
     BatchColorClassifier,
     ColorClassifier,
@@ -73,18 +74,11 @@ class GenEvalReward:
             )
         if partial not in PARTIAL:
             raise ValueError(f"partial is one of {', '.join(PARTIAL)}, got {partial!r}; choose one")
-        unknown = [name for name in weights if name not in PARTS]
-        if unknown or not weights:
-            raise ValueError(
-                f"weights name at least one of {', '.join(PARTS)}, got {list(weights)}; choose some"
-            )
-        if not all(math.isfinite(weight) for weight in weights.values()):
-            raise ValueError(f"weights are finite numbers, got {dict(weights)}; use 0 to log a part only")
+        self.parts = Parts(weights, PARTS)
+        self.names, self.weights = self.parts.names, self.parts.weights
         self.detector = detector
         self.color_classifier = classifier
         self.partial = partial
-        self.names = tuple(weights)
-        self.weights = tuple(float(weight) for weight in weights.values())
         self.judge = Judge(threshold, counting_threshold, max_objects, nms_threshold, position_margin)
 
     @property
@@ -132,28 +126,16 @@ class GenEvalReward:
         Raises:
             ValueError: the images or a prompt cannot be scored, or the detector or colour classifier fails.
         """
-        if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[-1] != 3:
-            raise ValueError(
-                f"images are uint8 [P, G, H, W, 3], got {images.dtype} {tuple(images.shape)}; "
-                f"pass them as the policy decodes them"
-            )
-        if len(prompts) != images.shape[0]:
-            raise ValueError(
-                f"there is one prompt for each group, got {len(prompts)} for {images.shape[0]} groups; pass "
-                f"them in the same order"
-            )
+        grid.check_images(images, prompts)
         requests = [self._request(prompt) for prompt in prompts]
         pictures = images.flatten(0, 1).cpu().numpy()
         group = images.shape[1]
         rulings = self._rule([requests[i // group] for i in range(len(pictures))], pictures)
-        values = torch.tensor([self._values(ruling) for ruling in rulings], device=images.device)
-        reasons = [_reason(ruling) for ruling in rulings]
-        return Scores(
-            parts=values.float().reshape(*images.shape[:2], len(self.names)),
-            names=self.names,
-            weights=self.weights,
-            reasons=tuple(tuple(reasons[p * group : (p + 1) * group]) for p in range(len(prompts))),
-            ranges=tuple(self._range(name) for name in self.names),
+        return self.parts.scores(
+            images,
+            [self._values(ruling) for ruling in rulings],
+            [_reason(ruling) for ruling in rulings],
+            {name: self._range(name) for name in PARTS},
         )
 
     def _rule(self, requests: Sequence[Request], pictures: np.ndarray) -> list[Ruling]:
@@ -234,14 +216,13 @@ class GenEvalReward:
         """Lowest and highest value of a part."""
         return (-math.inf if part == "partial" and self.partial == "released" else 0.0, 1.0)
 
-    def _values(self, ruling: Ruling) -> list[float]:
-        """The parts of one picture in the order of `names`."""
-        values = {
+    def _values(self, ruling: Ruling) -> dict[str, float]:
+        """The parts of one picture."""
+        return {
             "partial": ruling.bounded if self.partial == "bounded" else ruling.released,
             "strict": float(ruling.strict_correct),
             "correct": float(ruling.correct),
         }
-        return [values[name] for name in self.names]
 
 
 def _recall(

@@ -44,6 +44,7 @@ class GITReward:
            the model reads from left to right. The image encoder sees each image once, however many are its questions.
         2. Every tensor of the file is accounted for; there, what does not fit is skipped.
         3. GenEval's metadata are read too: a colour makes an attribute.
+        4. An empty list of attributes is none, the nouns are asked for; there its mean is NaN.
 
     Args:
         path, revision: folder or repository in the layout of transformers.
@@ -150,5 +151,5 @@ def questions(mentions: Mentions) -> tuple[tuple[str, ...], float]:
     """The questions of a prompt, and the value of its images where there are none."""
     if mentions.task in OTHER_TASKS:
         return (), 0.0
-    subjects = mentions.nouns if mentions.attributes is None else mentions.attributes
+    subjects = mentions.attributes or mentions.nouns
     return tuple(f"{subject}?" for subject in subjects), 1.0

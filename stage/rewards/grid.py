@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from stage.batches import Batches
 from stage.score_checks import check_values
 from stage.types import Prompt, Scores
 
@@ -16,21 +17,22 @@ SLACK = 1e-2
 
 def check(images: Tensor, prompts: Sequence[Prompt]) -> None:
     """Raises ValueError unless images are uint8 `[P, G, H, W, 3]`, not empty, with P prompts that say something."""
-    if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[-1] != 3:
+    check_images(images, prompts)
+    check_texts(prompts)
+
+
+def check_images(images: Tensor, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError unless images are uint8 `[P, G, H, W, 3]` with pixels, for P prompts."""
+    if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
-            f"images are uint8 RGB [P, G, H, W, 3], got {images.dtype} {tuple(images.shape)}; convert them to "
-            f"RGB and pass them as the policy decodes them"
-        )
-    if 0 in images.shape:
-        raise ValueError(
-            f"images have pixels, got {tuple(images.shape)} as [P, G, H, W, 3]; leave empty ones out"
+            f"images are uint8 RGB [P, G, H, W, 3] with at least one pixel, got {images.dtype} "
+            f"{tuple(images.shape)}; convert them to RGB and pass them as the policy decodes them"
         )
     if len(prompts) != images.shape[0]:
         raise ValueError(
             f"there is one prompt for each group, got {len(prompts)} for {images.shape[0]} groups; pass them in "
             f"the same order"
         )
-    check_texts(prompts)
 
 
 def check_texts(prompts: Sequence[Prompt]) -> None:
@@ -40,6 +42,20 @@ def check_texts(prompts: Sequence[Prompt]) -> None:
             raise ValueError(
                 f"a prompt says what to draw, number {prompt.id} is empty; remove it from the list"
             )
+
+
+def pairs(
+    batches: Batches,
+    function: Callable[[Tensor, Sequence[str]], Tensor],
+    images: Tensor,
+    prompts: Sequence[Prompt],
+) -> Tensor:
+    """What `function` says of each image `[P, G, H, W, 3]` and the text of its prompt, `[P * G]`.
+
+    It takes N pictures `[N, H, W, 3]` and N texts to `[N]`.
+    """
+    texts = [prompt.text for prompt in prompts for _ in range(images.shape[1])]
+    return batches.run(function, images.flatten(0, 1), texts)
 
 
 def fold(

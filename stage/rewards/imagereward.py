@@ -161,8 +161,7 @@ class ImageRewardReward:
             ValueError: the images or prompts cannot be scored.
         """
         grid.check(images, prompts)
-        texts = [prompt.text for prompt in prompts for _ in range(images.shape[1])]
-        found = self.batches.run(self._rate, images.flatten(0, 1), texts)
+        found = grid.pairs(self.batches, self._rate, images, prompts)
         reasons = [f"ImageReward {value:.3f}" for value in found.tolist()]
         return grid.fold(found, images, prompts, reasons, (-float("inf"), float("inf")), "imagereward")
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from stage.detectors.text_pool import TextPool
+from stage.rewards import grid
+from stage.rewards.parts import Parts
 from stage.types import Prompt, Scores, TextReader
 
 PARTS = ("ocr", "strict")
@@ -80,19 +80,12 @@ class OcrReward:
     def __init__(
         self, reader: Callable[[], TextReader], processes: int, weights: Mapping[str, float]
     ) -> None:
-        unknown = [name for name in weights if name not in PARTS]
-        if unknown or not weights:
-            raise ValueError(
-                f"weights name at least one of {', '.join(PARTS)}, got {list(weights)}; choose some"
-            )
-        if not all(math.isfinite(weight) for weight in weights.values()):
-            raise ValueError(f"weights are finite numbers, got {dict(weights)}; use 0 to log a part only")
+        self.parts = Parts(weights, PARTS)
+        self.names, self.weights = self.parts.names, self.parts.weights
         if isinstance(processes, bool) or not isinstance(processes, int) or processes < 0:
             raise ValueError(
                 f"processes is the number of processes that read, or 0 for this one, got {processes!r}; choose one"
             )
-        self.names = tuple(weights)
-        self.weights = tuple(float(weight) for weight in weights.values())
         self.reader: TextReader = TextPool(reader, processes) if processes else reader()
 
     @property
@@ -121,37 +114,16 @@ class OcrReward:
         Raises:
             ValueError: the images or a prompt cannot be scored. What the engine raises is raised as it is.
         """
-        require_pictures(images, prompts)
+        grid.check_images(images, prompts)
         targets = [quoted(prompt.text) for prompt in prompts]
         read = self.reader.read(images.flatten(0, 1).cpu().numpy())
         group = images.shape[1]
-        values = [similarity(targets[i // group], lines) for i, lines in enumerate(read)]
+        reached = [similarity(targets[i // group], lines) for i, lines in enumerate(read)]
+        values = [{"ocr": value, "strict": float(value == 1)} for value in reached]
         reasons = [
             f"read {' '.join(lines)!r}, asked for {targets[i // group]!r}" for i, lines in enumerate(read)
         ]
-        found = {"ocr": torch.tensor(values), "strict": (torch.tensor(values) == 1).float()}
-        parts = torch.stack([found[name] for name in self.names], dim=-1)
-        return Scores(
-            parts=parts.float().reshape(*images.shape[:2], len(self.names)).to(images.device),
-            names=self.names,
-            weights=self.weights,
-            reasons=tuple(tuple(reasons[p * group : (p + 1) * group]) for p in range(len(prompts))),
-            ranges=((0.0, 1.0),) * len(self.names),
-        )
-
-
-def require_pictures(images: Tensor, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError unless images are uint8 `[P, G, H, W, 3]` with pixels, for P prompts."""
-    if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images are uint8 RGB [P, G, H, W, 3] with at least one pixel, got {images.dtype} "
-            f"{tuple(images.shape)}; pass them as the policy decodes them"
-        )
-    if len(prompts) != images.shape[0]:
-        raise ValueError(
-            f"there is one prompt for each group, got {len(prompts)} for {images.shape[0]} groups; pass them in the "
-            f"same order"
-        )
+        return self.parts.scores(images, values, reasons, dict.fromkeys(PARTS, (0.0, 1.0)))
 
 
 def written(word: str, side: int) -> Image.Image:

@@ -101,8 +101,7 @@ class ORMReward:
             ValueError: the images or prompts cannot be scored.
         """
         grid.check(images, prompts)
-        texts = [prompt.text for prompt in prompts for _ in range(images.shape[1])]
-        found = self.batches.run(self._yes, images.flatten(0, 1), texts)
+        found = grid.pairs(self.batches, self._yes, images, prompts)
         reasons = [f"yes {value:.3f}" for value in found.tolist()]
         return grid.fold(found, images, prompts, reasons, (0.0, 1.0), "orm")
 

@@ -72,6 +72,12 @@ def from_processor(config: Mapping[str, Any]) -> Pixels:
     Raises:
         ValueError: it asks for something that `Pixels` does not do.
     """
+    omitted = [step for step in ("do_resize", "do_rescale", "do_normalize") if not config.get(step, True)]
+    if omitted:
+        raise ValueError(
+            f"preprocessing resizes, divides by 255 and normalises, got {', '.join(omitted)} false; give the "
+            f"original file"
+        )
     size = config.get("size")
     if isinstance(size, int):
         side, longest = size, None

@@ -191,3 +191,22 @@ def test_pictures_are_normalised_by_these_constants(clip: tuple[str, Path]) -> N
         )
     ]
     assert pixels.mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_small_card_halves_the_batch(
+    clip: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory for two crops: five are tried, then two at a time, and the colours are the same."""
+    judge, tried = classifier(clip, batch_size=5), []
+    image, objects = scene(3, 5, masks=True)
+    expected, encode = judge.colors(image, "dog", objects), judge.clip.encode_image
+
+    def small(pixels: torch.Tensor) -> torch.Tensor:
+        tried.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(judge.clip, "encode_image", small)
+    assert judge.colors(image, "dog", objects) == expected and len(set(expected)) > 1
+    assert tried == [5, 2, 2, 1] and "goes on with batch_size 2" in caplog.text

@@ -189,3 +189,27 @@ def test_other_classes_and_broken_numbers_are_refused(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(ValueError, match="logits are finite"):
         detector(tmp_path / "nan.pth").detect(pictures(1))
+
+
+def test_a_small_card_halves_the_batch(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory for two pictures: five are tried, then two at a time, and each is seen as before."""
+    finder, images, tried = detector(checkpoint, batch_size=5, min_score=0.0), pictures(5), []
+    expected = finder.detect(images)
+
+    def small(batch: np.ndarray, *rest: Any) -> torch.Tensor:
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(batch, *rest)
+
+    monkeypatch.setattr("stage.detectors.mask2former.prepare", small)
+    found = finder.detect(images)
+    assert tried == [5, 2, 2, 1] and "goes on with batch_size 2" in caplog.text
+    for one, other in zip(found, expected, strict=True):
+        assert list(one) == list(other)
+        for name in one:
+            assert [thing.score for thing in one[name]] == pytest.approx(
+                [t.score for t in other[name]], abs=1e-5
+            )

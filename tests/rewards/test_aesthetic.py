@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from stage.rewards.aesthetic import AestheticReward, Head
 from stage.rewards.clip import ClipReward
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_towers import PROMPTS, pictures, tiny_clip
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "architecture": "tiny-clip"}
@@ -87,3 +88,10 @@ def test_heads_that_do_not_fit(files: Any, tmp_path: Path) -> None:
         FileNotFoundError, match=r"hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model\.pth"
     ):
         AestheticReward(**{**settings, "path": str(tmp_path / "none.pth")})
+
+
+def test_a_small_card_and_bad_images(files: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    scorer = AestheticReward(**{**files[2], "batch_size": 9})
+    images = pictures(3, 3)
+    refuses_bad_images(scorer, images, PROMPTS)
+    survives_a_small_card(lambda: (scorer, scorer.tower.batches), images, PROMPTS, monkeypatch, caplog, 1e-4)

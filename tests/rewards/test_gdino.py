@@ -12,6 +12,7 @@ import torch
 
 from stage.rewards.gdino import GDinoReward
 from stage.types import Prompt, Scorer
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_models import save_gdino
 from tests.rewards.tiny_towers import pictures
 
@@ -207,3 +208,10 @@ def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
         GDinoReward(path=str(folder), **{**SETTINGS, "threshold": 30})
     with pytest.raises(FileNotFoundError, match="hf download IDEA-Research/grounding-dino-tiny"):
         GDinoReward(path=str(tmp_path / "none"), **SETTINGS)
+
+
+def test_a_small_card_and_bad_images(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    scorer = GDinoReward(path=str(folder), **{**SETTINGS, "batch_size": 9})
+    images = pictures(3, 3, 100, 140)
+    refuses_bad_images(scorer, images, PROMPTS[:3])
+    survives_a_small_card(lambda: (scorer, scorer.batches), images, PROMPTS[:3], monkeypatch, caplog)

@@ -12,6 +12,7 @@ import torch
 from stage.rewards.git import GITReward, questions
 from stage.rewards.mentions import Mentions
 from stage.types import Prompt, Scorer
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_bert import VOCABULARY
 from tests.rewards.tiny_models import save_git
 from tests.rewards.tiny_towers import pictures
@@ -106,6 +107,8 @@ def test_prompts_without_questions_need_no_model(folder: Path) -> None:
 def test_attributes_come_before_nouns() -> None:
     assert questions(Mentions("color", ("cat",), ("red cat",), None, ())) == (("red cat?",), 1.0)
     assert questions(Mentions("complex", ("cat", "dog"), None, None, ())) == (("cat?", "dog?"), 1.0)
+    assert questions(Mentions("color", ("cat", "dog"), (), None, ())) == (("cat?", "dog?"), 1.0)
+    assert questions(Mentions("", (), (), None, ())) == ((), 1.0)
     assert questions(Mentions("numeracy", ("cat",), ("two cat",), None, (("cat", 2),))) == ((), 0.0)
 
 
@@ -158,3 +161,10 @@ def test_the_encoder_sees_each_picture_once(folder: Path) -> None:
     scorer(pictures(5, 2, 32, 32), PROMPTS)
     # COLORS asks two questions of each of its two pictures, NOUNS and GENEVAL one each; 6 pictures in batches of 4.
     assert seen == [4, 2]
+
+
+def test_a_small_card_and_bad_images(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    scorer = GITReward(path=str(folder), **{**SETTINGS, "batch_size": 9})
+    images, asked = pictures(3, 3, 32, 32), (COLORS, NOUNS, GENEVAL)
+    refuses_bad_images(scorer, images, asked)
+    survives_a_small_card(lambda: (scorer, scorer.batches), images, asked, monkeypatch, caplog)

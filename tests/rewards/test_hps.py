@@ -16,6 +16,7 @@ from stage.rewards.combine import Combine
 from stage.rewards.hps import HPSReward
 from stage.rewards.tower import shared_tower
 from stage.types import ChecksPrompts, Prompt, Scorer
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_towers import PROMPTS, by_hand, open_clip_pixels, pictures, tiny_clip
 
 SETTINGS: dict[str, Any] = {"revision": None, "device": "cpu", "dtype": "float32", "batch_size": 4}
@@ -209,3 +210,12 @@ def test_a_tower_nobody_uses_is_freed(hps: tuple[Any, Path]) -> None:
     del scorer
     gc.collect()
     assert keys[0] not in tower._TOWERS
+
+
+def test_a_small_card_and_bad_images(
+    hps: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    scorer = reward(hps[1], batch_size=9)
+    images = pictures(3, 3)
+    refuses_bad_images(scorer, images, PROMPTS)
+    survives_a_small_card(lambda: (scorer, scorer.tower.batches), images, PROMPTS, monkeypatch, caplog)

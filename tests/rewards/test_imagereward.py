@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from stage.rewards.imagereward import ImageRewardReward, Rater, read_rater
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_bert import VOCABULARY, save_tokenizer
 from tests.rewards.tiny_towers import PROMPTS, pictures
 
@@ -205,3 +206,10 @@ def test_the_published_sizes_are_read_from_the_tensors(files: Any) -> None:
     assert (model.side, vision.num_hidden_layers, vision.num_attention_heads) == (224, 24, 16)
     assert (language.num_hidden_layers, language.num_attention_heads, language.vocab_size) == (12, 12, 30524)
     assert sum(value.numel() for value in model.vision.parameters()) == 303_301_632
+
+
+def test_a_small_card_and_bad_images(files: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    scorer = ImageRewardReward(**{**files[1], "batch_size": 9})
+    images = pictures(3, 3, 40, 60)
+    refuses_bad_images(scorer, images, PROMPTS)
+    survives_a_small_card(lambda: (scorer, scorer.batches), images, PROMPTS, monkeypatch, caplog)

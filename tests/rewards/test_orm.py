@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from stage.rewards.orm import ORMReward, _vision, square
 from stage.types import Prompt
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_towers import PROMPTS, pictures
 
 SETTINGS: dict[str, Any] = {
@@ -181,7 +182,7 @@ def test_folders_that_do_not_fit(model: tuple[Any, Path], tmp_path: Path) -> Non
 
 
 def test_images_that_cannot_be_scored(model: tuple[Any, Path]) -> None:
-    with pytest.raises(ValueError, match="images have pixels"):
+    with pytest.raises(ValueError, match="at least one pixel"):
         ORMReward(path=str(model[1]), **SETTINGS)(pictures(1, 1)[:, :, :0], (Prompt(1, "x"),))
 
 
@@ -200,3 +201,12 @@ def test_the_published_sizes_are_read_from_the_tensors() -> None:
         "num_attention_heads": 16,
         "image_size": 384,
     }
+
+
+def test_a_small_card_and_bad_images(
+    model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    scorer = ORMReward(path=str(model[1]), **{**SETTINGS, "temperature": 2.0, "batch_size": 9})
+    images = pictures(3, 3, 40, 60)
+    refuses_bad_images(scorer, images, PROMPTS)
+    survives_a_small_card(lambda: (scorer, scorer.batches), images, PROMPTS, monkeypatch, caplog)

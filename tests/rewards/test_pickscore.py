@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stage.rewards.pickscore import PickScoreReward
+from tests.rewards.hard_times import refuses_bad_images, survives_a_small_card
 from tests.rewards.tiny_bert import VOCABULARY, save_preprocessor, save_tokenizer
 from tests.rewards.tiny_towers import PROMPTS, pictures
 
@@ -73,3 +74,10 @@ def test_batch_size_does_not_matter(folder: Path) -> None:
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="hf download yuvalkirstain/PickScore_v1 --local-dir"):
         PickScoreReward(path=str(tmp_path / "none"), **SETTINGS)
+
+
+def test_a_small_card_and_bad_images(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    scorer = PickScoreReward(path=str(folder), **{**SETTINGS, "batch_size": 9})
+    images = pictures(3, 3, 40, 60)
+    refuses_bad_images(scorer, images, PROMPTS)
+    survives_a_small_card(lambda: (scorer, scorer.batches), images, PROMPTS, monkeypatch, caplog, 1e-3)

@@ -104,3 +104,10 @@ def test_dtype_is_asked_for() -> None:
 def test_settings_that_are_not_known(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_processor({**CLIP, **changes})
+
+
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_step_that_is_left_out_is_refused(step: str) -> None:
+    assert from_processor({**CLIP, step: True}) == from_processor(CLIP)
+    with pytest.raises(ValueError, match=f"resizes, divides by 255 and normalises, got {step} false"):
+        from_processor({**CLIP, step: False})
