@@ -11,6 +11,7 @@ from typing import Any
 
 PACKAGE = "package://"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # `owner/name` on huggingface.co
+HUB_SECONDS = 10.0  # that the hub has to say whether it has a repository
 # Weights, configurations and tokenizers; pictures, code and the state of optimizers stay where they are.
 WANTED = ("*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "*.jinja")
 
@@ -64,8 +65,8 @@ def model_folder(path: str | Path, revision: str | None = None, subfolder: str |
     if not folder.is_dir():
         if not REPOSITORY.fullmatch(str(path)):
             raise FileNotFoundError(
-                f"a model must be a local folder or a hub repository owner/name; {folder} does not exist. "
-                "Correct model.path."
+                f"a model must be a local folder or a hub repository owner/name; {folder} "
+                f"{'is a file' if folder.is_file() else 'does not exist'}. Correct model.path."
             )
         folder = _download(str(path), revision, subfolder)
     folder = folder / subfolder if subfolder else folder
@@ -88,14 +89,34 @@ def _download(repository: str, revision: str | None, subfolder: str | None) -> P
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
     # A subfolder may lean on configuration and tokenizer files at the top of its repository.
     wanted = [inside + pattern for pattern in WANTED] + (["*.json"] if inside else [])
+    silent = why_the_hub_is_silent(repository, revision)
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=wanted, local_files_only=silent is not None
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        told = silent or error
+        reason = f"{type(told).__name__}, {' '.join(str(told).split())[:200]}"
         raise FileNotFoundError(
             f"{repository} is no local folder, and could not be downloaded from the hub either: {reason}. Connect to "
             "the network once, or download the repository elsewhere and set model.path to its folder."
-        ) from error
+        ) from told
+
+
+def why_the_hub_is_silent(repository: str, revision: str | None) -> Exception | None:
+    """What keeps the hub from answering about a repository; None where it answers.
+
+    Asked once, for ten seconds at most: downloads ask again and again, for minutes where a network swallows requests.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().repo_info(repository, revision=revision, timeout=HUB_SECONDS)
+    except Exception as error:  # of kinds that change with the hub's client and its settings
+        return error
+    return None
 
 
 def sha256(file: Path) -> str:

@@ -18,7 +18,6 @@ from stage.paths import sha256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a folder in the layout of transformers is made of, without weights of other frameworks.
 FOLDER = ("*.json", "*.txt", "*.model", "*.safetensors")
-HUB_SECONDS = 10.0  # that the hub has to say whether it has a repository
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,7 @@ def _download(repository: str, revision: str | None, file: str) -> Path:
     """
     import huggingface_hub
 
-    silent: Exception | None = None
-    try:
-        # Once: downloads ask again and again, for half a minute where there is no network.
-        huggingface_hub.HfApi().repo_info(repository, revision=revision, timeout=HUB_SECONDS)
-    except Exception as error:  # of kinds that change with the hub's client and its settings
-        silent = error
+    silent = paths.why_the_hub_is_silent(repository, revision)
 
     def fetch(*wanted: str) -> Path:
         return Path(

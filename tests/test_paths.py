@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from stage.paths import configured_folder, model_folder, resolve
 
@@ -85,3 +88,32 @@ class TestModelFolder:
             FileNotFoundError, match="owner/absent is no local folder, and could not be downloaded"
         ):
             model_folder("owner/absent")
+
+    def test_a_network_that_swallows_requests(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A hub that takes connections and never answers: asked once, not again and again for minutes."""
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(16)
+            monkeypatch.setattr("stage.paths.HUB_SECONDS", 0.5)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(
+                "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
+            )
+            began = time.monotonic()
+            with pytest.raises(FileNotFoundError, match=r"could not be downloaded .*[Tt]ime"):
+                model_folder("owner/absent")
+            assert time.monotonic() - began < 10
+
+    @pytest.mark.parametrize("name", ["stage_geneval", "stage_hps_gdino_git", "stage_ocr"])
+    def test_the_published_weights_of_stage(
+        self, name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The subfolder of each configuration, in a cache as a download leaves it."""
+        folder = {"stage_geneval": "geneval_ours", "stage_ocr": "ocr_ours"}.get(name, "hps_gdino_git_ours")
+        commit, repository = "0" * 40, tmp_path / "models--krennic--STAGE"
+        (repository / "snapshots" / commit / folder).mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        model = OmegaConf.load(root / "conf" / "model" / f"{name}.yaml")
+        assert configured_folder(model) == repository / "snapshots" / commit / folder

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from stage.policy.layout import open_folder
 from stage.policy.names import Shape
-from stage.policy.weights import read_json, require
+from stage.policy.weights import read_json, require, save_tensors
 from stage.training_checkpoint import weights_sha256
 
 ADAPTER = "default"  # the name that peft gives an adapter, part of its parameters' names
@@ -75,7 +75,7 @@ def save_adapter(policy: nn.Module, folder: Path, base: Mapping[str, str]) -> No
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(
+    save_tensors(
         tensors,
         folder / TENSORS,
         {"format": "pt", **{f"base_{key}": base[key] for key in ("path", "sha256")}},
@@ -93,6 +93,10 @@ def read_adapter(folder: Path) -> SavedAdapter:
     Raises FileNotFoundError for a missing file, ValueError for a damaged one or an adapter that is not plain LoRA.
     """
     config, file = read_json(require(folder, CONFIG)), require(folder, TENSORS)
+    if not {"r", "lora_alpha"} <= config.keys() and config.get("peft_type") == "LORA":
+        raise ValueError(
+            f"an adapter must state r and lora_alpha; {folder / CONFIG} does not. Copy it again."
+        )
     odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if config.get("peft_type") != "LORA" or odd:
         raise ValueError(

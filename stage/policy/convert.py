@@ -7,7 +7,8 @@ gives every tensor bit for bit. Without such a folder those tensors are written 
 
 from __future__ import annotations
 
-import os
+import errno
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,7 @@ from stage.policy.weights import (
     write_shard,
 )
 
+UNFINISHED = ".unfinished"  # ends the names of folders that are being written
 KEPT = ("config.json", "meta.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES[1:])
 
 
@@ -116,7 +118,16 @@ def new_folder(destination: Path) -> Iterator[Path]:
             f"{destination} exists, and nothing is overwritten; name a folder that does not."
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
+    first = f".{destination.name}."
+    beside = (found for found in destination.parent.iterdir() if found.name.startswith(first))
+    left = sorted(str(found) for found in beside if found.suffix == UNFINISHED)
+    if left:
+        names = ", ".join(left)
+        sys.stderr.write(
+            f"left by another process that is at work, or was killed and can be deleted: {names}\n"
+        )
+    # Not named after the process: in a container the next one may have the same number.
+    temporary = destination.with_name(f"{first}{secrets.token_hex(4)}{UNFINISHED}")
     temporary.mkdir()
     try:
         yield temporary
@@ -130,6 +141,10 @@ def write_tensors(folder: Path, outputs: list[Output], shard_bytes: int, release
     by_name = {output.name: output for output in outputs}
     shards = plan_shards({name: output.size for name, output in by_name.items()}, shard_bytes)
     total = sum(output.size for output in outputs)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        words = f"{total / 1e6:,.0f} MB of weights must fit on the disk, which has {free / 1e6:,.0f} MB left"
+        raise OSError(errno.ENOSPC, words, str(folder.parent))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("writing", total=total)

@@ -5,6 +5,9 @@ The layout is recognised from config.json, or from tensor names where config.jso
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from stage.policy.names import (
     Shape,
     Shapes,
     is_unread,
+    looks_converted,
     looks_original,
     split,
     split_shape,
@@ -29,6 +33,8 @@ from stage.policy.weights import Stored, Weights, read_json, require
 TRANSFORMERS, MULTI_MODALITY = "transformers", "multi_modality"
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 LISTED = 20  # names of a kind that a message prints
+# Fields of config.json that have transformers fetch and run code of a hub, wherever they stand.
+CODE = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels")
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,29 @@ class ModelFolder:
 
     def faults(self) -> Faults:
         """What is missing, too much, or of another shape than the configuration says."""
-        wanted = expected_shapes(self.config)
+        with described_by(self.folder / "config.json"):
+            wanted = expected_shapes(self.config)
         return compare(self.shapes, wanted, self.strange, tied=bool(self.config.tie_word_embeddings))
 
     def check(self) -> None:
-        """Raise ValueError, before any number is read, unless the tensors fill the model."""
+        """Raise ValueError, before any number is read, unless the tensors fill the model and it takes all of them.
+
+        Tensors that no Janus has are left alone, with a warning.
+        """
         faults = self.faults()
-        if faults.missing or faults.misshaped:
+        ours = tuple(name for name in faults.unexpected if _is_of_janus(name))
+        told = Faults(faults.missing, ours, faults.misshaped)
+        if told != Faults():
             raise ValueError(
                 f"the weights in {self.folder} must fill the model of its config.json; "
-                + "; ".join(Faults(faults.missing, (), faults.misshaped).lines())
+                + "; ".join(told.lines())
                 + ". Copy or convert the checkpoint again."
+            )
+        strange = Faults(unexpected=tuple(name for name in faults.unexpected if name not in ours))
+        if strange != Faults():
+            warnings.warn(
+                f"no Janus has these tensors of {self.folder}, which are not used: {'; '.join(strange.lines())}",
+                stacklevel=2,
             )
 
     def load(self, dtype: torch.dtype) -> JanusForConditionalGeneration:
@@ -108,8 +126,13 @@ class ModelFolder:
         self.tensors = dict(self.weights.stored)
 
     def _config(self) -> JanusConfig:
-        config = JanusConfig.from_pretrained(self.folder, local_files_only=True)
         stated = read_json(self.folder / "config.json")
+        if "quantization_config" in stated:
+            raise ValueError(
+                f"a checkpoint must not be quantised; config.json in {self.folder} has a quantization_config. Take "
+                "the weights that it was made of."
+            )
+        config = JanusConfig.from_dict(without_code(stated))
         if not self._tied(bool(stated.get("tie_word_embeddings", False))):
             config.tie_word_embeddings = False  # as tied, one of the two would be lost
         return config
@@ -147,6 +170,11 @@ class OriginalFolder(ModelFolder):
         return [name for name in self.tensors if not (tied and name == HEAD)]
 
     def _sort(self) -> None:
+        if looks_converted(self.weights.stored):
+            raise ValueError(
+                f'config.json says "model_type": "multi_modality" and the tensors have the names of transformers in '
+                f"{self.folder}. Take config.json and weights from one checkpoint."
+            )
         for original, item in self.weights.stored.items():
             if is_unread(original):
                 self.unread[original] = item
@@ -181,16 +209,39 @@ def open_folder(folder: Path) -> ModelFolder:
     config = require(folder, "config.json")
     stated = read_json(config)
     kind = stated.get("model_type")
-    if kind == "janus":
-        return ModelFolder(folder)
-    if kind == "multi_modality" or "MultiModalityCausalLM" in (stated.get("architectures") or ()):
-        return OriginalFolder(folder)
-    if kind is None and looks_original(Weights(folder).stored):
-        return OriginalFolder(folder)
+    with described_by(config):
+        if kind == "janus":
+            return ModelFolder(folder)
+        if kind == "multi_modality" or "MultiModalityCausalLM" in (stated.get("architectures") or ()):
+            return OriginalFolder(folder)
+        if kind is None and looks_original(Weights(folder).stored):
+            return OriginalFolder(folder)
     raise ValueError(
         'config.json must be that of a Janus, "model_type": "janus" in the layout of transformers or "multi_modality" '
         f"in the original one; {config} has {kind!r}. Set model.path to a Janus checkpoint."
     )
+
+
+@contextmanager
+def described_by(config: Path) -> Iterator[None]:
+    """A block that builds what config.json describes: whatever transformers says of bad values is a ValueError."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # as many kinds as there are fields with a wrong value
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"config.json must describe a Janus; {config} does not: {type(error).__name__}, {reason}. Take it from "
+            "where the checkpoint came from."
+        ) from error
+
+
+def without_code(stated: Any) -> Any:
+    """A configuration without the fields that name code, at any depth."""
+    if isinstance(stated, dict):
+        return {name: without_code(value) for name, value in stated.items() if name not in CODE}
+    return stated
 
 
 def expected_shapes(config: JanusConfig) -> dict[str, Shape]:
@@ -215,3 +266,12 @@ def compare(found: Shapes, wanted: Shapes, strange: list[str], *, tied: bool) ->
             if name in found and found[name] != shape
         ),
     )
+
+
+def _is_of_janus(name: str) -> bool:
+    """Whether a Janus of some size has a tensor of this name."""
+    try:
+        to_original(name)
+    except KeyError:
+        return False
+    return True

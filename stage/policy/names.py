@@ -187,5 +187,10 @@ def looks_original(names: Iterable[str]) -> bool:
     )
 
 
+def looks_converted(names: Iterable[str]) -> bool:
+    """Whether tensor names are those of transformers' layout."""
+    return any(name.startswith(("model.language_model.", "model.vqmodel.")) for name in names)
+
+
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}

@@ -39,11 +39,9 @@ def read_tokenizer(folder: Path) -> Any:
     Raises FileNotFoundError for missing files, ValueError where the image tokens are not in the vocabulary.
     """
     stated = read_json(require(folder, "tokenizer_config.json"))
-    require(folder, "tokenizer.json")
+    read_json(require(folder, "tokenizer.json"))
     named = any(name in stated or name in (stated.get("extra_special_tokens") or {}) for name in IMAGE_TOKENS)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        folder, local_files_only=True, **({} if named else _named_tokens(folder))
-    )
+    tokenizer = _described(folder, {} if named else _named_tokens(folder))
     if str(stated.get("tokenizer_class")).startswith("LlamaTokenizer"):
         _frame(tokenizer, bos=stated.get("add_bos_token", True), eos=stated.get("add_eos_token", False))
     known = tokenizer.get_vocab()
@@ -63,14 +61,30 @@ def read_image_processor(folder: Path) -> Any:
         require(folder, "processor_config.json") if _is_whole(folder) else require(
             folder, "preprocessor_config.json"
         )
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return _auto_processor(folder)
     stated = read_json(folder / "preprocessor_config.json")
     if stated.get("image_processor_type") != _OF_THE_ORIGINAL:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return _auto_processor(folder)
     fields = ("do_normalize", "image_mean", "image_std", "min_size", "rescale_factor", "background_color")
     kept = {name: stated[name] for name in fields if stated.get(name) is not None}
-    side = stated["image_size"]
+    side = stated.get("image_size")
+    if not isinstance(side, int):
+        raise ValueError(
+            f"the image processor must state image_size, pixels a side; {folder / 'preprocessor_config.json'} has "
+            f"{side!r}. Copy it again."
+        )
     return JanusImageProcessor(size={"height": side, "width": side}, **kept)
+
+
+def _auto_processor(folder: Path) -> Any:
+    try:
+        # Without the last word, transformers asks the terminal whether code beside the file may run.
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"the image processor must be one that transformers has, since code of a checkpoint is not run; {folder} "
+            "names another. Take preprocessor_config.json from a Janus checkpoint."
+        ) from error
 
 
 def generation_config(tokenizer: Any) -> dict[str, Any]:
@@ -139,6 +153,18 @@ def write_for_the_original(source: Path, folder: Path, image_size: int, image_to
     )
 
 
+def _described(folder: Path, named: dict[str, Any]) -> Any:
+    """The tokenizer that tokenizer.json describes."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **named)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the library behind it raises just that
+        raise ValueError(
+            f"tokenizer.json must describe a tokenizer; that in {folder} does not: {error}. Copy it again."
+        ) from error
+
+
 def _frame(tokenizer: Any, bos: bool, eos: bool) -> None:
     """Frame a text as LlamaTokenizerFast of transformers 4 does, whatever tokenizer.json says of it."""
     first, last = (
@@ -156,7 +182,8 @@ def _named_tokens(folder: Path) -> dict[str, Any]:
     tags = read_json(file) if file.is_file() else {}
     tokens = {name: tags.get(_TAGS[name]) or token for name, token in IMAGE_TOKENS.items()}
     content = read_json(folder / "tokenizer.json")
-    known = {token["content"] for token in content.get("added_tokens", ())} | set(content["model"]["vocab"])
+    vocabulary = (content.get("model") or {}).get("vocab") or ()
+    known = {token["content"] for token in content.get("added_tokens", ())} | set(vocabulary)
     # A token that is not there would be added, with a number beyond the embeddings.
     return {"extra_special_tokens": tokens} if known.issuperset(tokens.values()) else {}
 

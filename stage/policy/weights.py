@@ -5,8 +5,11 @@ safetensors and PyTorch's `.bin`, whole or in shards. Opening a folder reads hea
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from torch import Tensor
 from stage.policy.names import Shape
 
 SHARD_BYTES = 2 * 2**30
-# What a folder can hold, the first that is there counts: an index of shards, or one file.
+# What a folder can hold, the first that is there counts: one file, or an index of shards.
 KINDS = ("model.safetensors", "pytorch_model.bin")
 _TYPES = {
     "F64": torch.float64,
@@ -96,7 +99,9 @@ class Weights:
             try:  # the format before zip files cannot be mapped
                 mapped = zipfile.is_zipfile(file)
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-            except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+            except pickle.UnpicklingError as error:
+                raise _pickled(file, error) from error
+            except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
                 raise _damaged(file, "PyTorch", error) from error
             if not isinstance(content, dict) or not all(
                 isinstance(item, Tensor) for item in content.values()
@@ -110,17 +115,23 @@ class Weights:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that the tensors of a checkpoint folder are in: safetensors before .bin, shards before one file.
+    """The files that the tensors of a checkpoint folder are in: safetensors before .bin, one file before shards.
 
-    Raises FileNotFoundError when there is none, or when a shard is missing.
+    That is the order of transformers' `from_pretrained`.
+
+    Raises FileNotFoundError when there is none, or when a shard is missing, ValueError for an index that is none.
     """
     for kind in KINDS:
-        index = folder / f"{kind}.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            return [require(folder, name) for name in names]
         if (folder / kind).is_file():
             return [folder / kind]
+        index = folder / f"{kind}.index.json"
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            if not places or not isinstance(places, dict):
+                raise ValueError(
+                    f"{index} must map tensors to files as weight_map; it does not. Copy it again."
+                )
+            return [require(folder, name) for name in sorted(set(places.values()))]
     raise FileNotFoundError(
         f"a checkpoint folder must contain {' or '.join(KINDS)}, or the index of their shards; {folder} does not. "
         "Copy the weights there."
@@ -145,7 +156,26 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file; a tensor that is part of another, or shares its memory, is written as its own."""
     own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(own, file, {"format": "pt"})
+    save_tensors(own, file, {"format": "pt"})
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, noted: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all, that whoever may read files made here can read.
+
+    Raises OSError where it cannot be written, as on a full disk.
+    """
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        save_file(tensors, unfinished, noted)
+        unfinished.chmod(mode)  # safetensors makes files that none but their owner may read
+        os.replace(unfinished, file)
+    except SafetensorError as error:
+        full = "os error 28" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(file)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], total: int) -> None:
@@ -158,11 +188,16 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], total: int) -> No
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is not JSON."""
+    """Raises ValueError for a file that is not JSON, or holds anything but names and values."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file.name} must be JSON; {file} is not: {error}. Copy it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file.name} must map names to values; {file} is a {type(content).__name__}. Copy it again."
+        )
+    return content
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -186,6 +221,16 @@ def _type(file: Path, tensor: str, name: str) -> torch.dtype:
             "Take a checkpoint that is not quantised."
         )
     return _TYPES[name]
+
+
+def _pickled(file: Path, error: Exception) -> ValueError:
+    """For a PyTorch file that is damaged, or that names functions to call: torch then says GLOBAL and which."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    reason = f"it calls for {found[1]}" if found else " ".join(str(error).split())[-200:]
+    return ValueError(
+        f"a file of weights must hold tensors and nothing else, since reading other objects runs code; {file} was not "
+        f"read: {reason}. Take the safetensors of this model, save a state_dict, or, if it is damaged, copy it again."
+    )
 
 
 def _damaged(file: Path, kind: str, error: Exception) -> ValueError:

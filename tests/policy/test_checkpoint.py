@@ -63,7 +63,8 @@ class TestBeforeTheWeights:
             load(folder)
 
     def test_a_missing_shard(self, folder: Path) -> None:
-        index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+        (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+        index = {"weight_map": {name: f"model-0000{name}-of-00002.safetensors" for name in "12"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(FileNotFoundError, match=r"must contain model-00001-of-00002\.safetensors"):
             load(folder)
