@@ -95,6 +95,7 @@ class ModelFolder:
 
         Tensors that no Janus has are left alone, with a warning.
         """
+        _check_widths(self.config)
         faults = self.faults()
         ours = tuple(name for name in faults.unexpected if _is_of_janus(name))
         told = Faults(faults.missing, ours, faults.misshaped)
@@ -275,3 +276,19 @@ def _is_of_janus(name: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _check_widths(config: Any) -> None:
+    """Raise ValueError unless what the parts hand to each other has one width, that of the language model."""
+    hidden, vq = config.text_config.hidden_size, config.vq_config
+    widths = {
+        "vision_config.projection_dim": config.vision_config.projection_dim,
+        "vq_config.projection_dim": vq.projection_dim,
+        "vq_config.image_token_embed_dim": vq.image_token_embed_dim,
+    }
+    wrong = [f"{name} is {width}" for name, width in widths.items() if width != hidden]
+    if wrong:
+        raise ValueError(
+            f"the parts of a Janus must meet at the width of its language model, {hidden}; {', '.join(wrong)}. "
+            "Take config.json and weights from one checkpoint."
+        )

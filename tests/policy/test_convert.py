@@ -30,6 +30,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "tied, three layers": dict(tied=True, layers=3, grid=6),
     "grouped heads": dict(tied=False, grid=3, hidden=48, num_key_value_heads=2, vocabulary=40),
     "wide heads": dict(tied=False, layers=1, hidden=96, head_dim=32),
+    "other eyes and codes": dict(
+        **dict(tied=False, grid=5, num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+        vision=dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, patch_size=2, image_size=10)
+        | dict(mlp_ratio=3.7, depth=3),
+        vq=dict(
+            embed_dim=4, num_embeddings=33, channel_multiplier=[2, 4], num_res_blocks=2, latent_channels=48
+        )
+        | dict(num_hidden_layers=3),
+    ),
 }
 
 

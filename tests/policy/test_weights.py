@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import JanusForConditionalGeneration
 
 from stage.policy import weights
 from stage.policy.checkpoint import read_checkpoint
@@ -21,6 +22,7 @@ from stage.policy.convert import UNFINISHED, convert, new_folder
 from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS
 from stage.policy.weights import save_tensors
 from tests.policy.conftest import load
+from tests.policy.tiny_model import build_tiny_janus, tiny_config
 
 
 class Intruder:
@@ -108,6 +110,16 @@ class TestContradictions:
             ValueError, match=r"9 tensors are unexpected, first model\.language_model\.layers\.1"
         ):
             load(folder)
+
+    def test_parts_of_different_widths(self, tmp_path: Path) -> None:
+        """Compiled code would read beyond the shorter of the two."""
+        config = tiny_config(vq=dict(image_token_embed_dim=48))
+        build_tiny_janus(tmp_path)
+        JanusForConditionalGeneration(config).save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"meet at the width .* 64; vq_config.image_token_embed_dim is 48"
+        ):
+            load(tmp_path)
 
     def test_tensors_of_nobody(self, folder: Path) -> None:
         content = load_file(folder / "model.safetensors")

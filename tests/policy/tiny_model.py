@@ -46,9 +46,16 @@ def tiny_tokenizer(image_tokens: dict[str, str] | None = None) -> PreTrainedToke
 
 
 def tiny_config(
-    grid: int = 4, vocabulary: int = 64, hidden: int = 64, layers: int = 2, tied: bool = True, **text: Any
+    grid: int = 4,
+    vocabulary: int = 64,
+    hidden: int = 64,
+    layers: int = 2,
+    tied: bool = True,
+    vision: dict[str, Any] | None = None,
+    vq: dict[str, Any] | None = None,
+    **text: Any,
 ) -> JanusConfig:
-    """Two upsamplings, so images of `4 * grid` pixels a side. `text` overrides fields of the language model."""
+    """Two upsamplings, so images of `4 * grid` pixels a side. `vision`, `vq`, `text` override fields of the parts."""
     language = dict(
         model_type="llama",
         vocab_size=len(SPECIAL) + len(WORDS.split()),
@@ -64,25 +71,18 @@ def tiny_config(
     )
     return JanusConfig(
         text_config={**language, **text},
-        vision_config=dict(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=4 * grid,
-            patch_size=4,
-            projection_dim=hidden,
-            num_image_tokens=grid * grid,
-        ),
-        vq_config=dict(
-            embed_dim=8,
-            num_embeddings=vocabulary,
-            latent_channels=32,
-            base_channels=32,
-            channel_multiplier=[1, 1, 2],
-            num_res_blocks=1,
-            projection_dim=hidden,
-            image_token_embed_dim=hidden,
-        ),
+        vision_config={
+            **dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+            **dict(image_size=4 * grid, patch_size=4, num_image_tokens=grid * grid),
+            **dict(projection_dim=hidden),
+            **(vision or {}),
+        },
+        vq_config={
+            **dict(embed_dim=8, num_embeddings=vocabulary, latent_channels=32, base_channels=32),
+            **dict(channel_multiplier=[1, 1, 2], num_res_blocks=1),
+            **dict(projection_dim=hidden, image_token_embed_dim=hidden),
+            **(vq or {}),
+        },
         image_token_id=IMAGE,
         tie_word_embeddings=tied,
     )
