@@ -7,10 +7,11 @@ import torch
 
 from stage.policy.lora import has_adapters
 from stage.policy.sampler import Sampler
+from stage.speed.__main__ import markdown
 from stage.speed.models import build_policy, speed_prompts
 from stage.speed.plain_step import plain_scores, plain_step
 from stage.speed.rollout import plain_loop
-from stage.speed.training import PARTS, RandomTokens, measure_step
+from stage.speed.training import PARTS, RandomTokens, measure_step, measure_steps
 
 CPU = torch.device("cpu")
 COLUMNS = ("rollout_seconds", "reference_seconds", "policy_seconds", "update_seconds")
@@ -55,3 +56,13 @@ def test_the_plain_step_scores_what_the_policy_scores() -> None:
     torch.testing.assert_close(entropy, scores.entropy[0], atol=1e-5, rtol=0)
     row = plain_step(policy, 2, 4)
     assert row["seconds"] == pytest.approx(sum(float(row[name]) for name in COLUMNS[:3]))
+
+
+def test_every_row_is_compared_with_the_plain_step_of_its_run() -> None:
+    rows = measure_steps(["tiny"], 2, CPU, torch.float32, 2)
+    seconds = {str(row["step"]): float(row["seconds"]) for row in rows}
+    assert list(seconds) == ["lora", "full", "plain"]
+    for row in rows:
+        assert row["times_faster"] == pytest.approx(seconds["plain"] / float(row["seconds"]))
+    table = markdown({"training": rows})
+    assert "times_faster" in table and table.count("\n| tiny |") == 3
