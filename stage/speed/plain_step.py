@@ -2,12 +2,13 @@
 log-probabilities from the logits of all positions.
 
 After the description of krennic999/STAGE, src/grpo/src/open_r1/trainer/grpo_trainer.py, without its optimizer. Its
-loops over the ranks of each sample's tokens in each other sample's logits, whose result it never reads, are timed apart.
+loops over the ranks of each sample's tokens in every other sample's logits, which it never reads, are timed apart.
 """
 
 from __future__ import annotations
 
 from itertools import product
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,28 +22,28 @@ from stage.types import PromptTokens
 RANKS = 50  # a token's rank is looked for among as many
 
 
-def plain_steps(policy: JanusPolicy, images: int) -> tuple[Row, Row]:
-    """Seconds of a plain step of `images` images of one prompt: as it has to be, and with the loops over ranks.
+def plain_steps(policy: JanusPolicy, images: int, repeats: int) -> tuple[Row, Row]:
+    """Median seconds of `repeats` plain steps of `images` images of one prompt, after one to warm up.
 
-    The rollout is the second whole one: the first has the allocator find room for a cache that grows by concatenation.
-    The columns are those of `Step.row`; what is not measured is NaN. The second row has the loops in its passes.
+    The first row is the step as it has to be, the second has the loops over ranks in its passes. The columns are those
+    of `Step.row`; what is not measured is NaN.
     """
     prompt, device = policy.tokenize(speed_prompts(1)), policy.device
     length = policy.num_image_tokens
-    policy.language_model.eval()  # a checkpointing model in training mode uses no cache
-    plain_loop(policy, prompt, images, length)
-    rollout = seconds(lambda: plain_loop(policy, prompt, images, length), device)
     tokens = torch.randint(policy.codebook_size, (1, images, length), device=device)
+    taken: list[tuple[float, float, float]] = []
 
-    def forward() -> None:
-        plain_pass(policy, prompt, tokens, gradient=False)
+    def step() -> None:
+        policy.language_model.eval()  # a checkpointing model in training mode uses no cache
+        rollout = seconds(lambda: plain_loop(policy, prompt, images, length), device)
+        reference = seconds(lambda: plain_pass(policy, prompt, tokens, gradient=False), device)
+        taken.append(
+            (rollout, reference, seconds(lambda: plain_pass(policy, prompt, tokens, gradient=True), device))
+        )
 
-    def both() -> None:
-        plain_pass(policy, prompt, tokens, gradient=True)
-
-    forward()
-    reference, peak = seconds(forward, device), peak_gibibytes(both, device)
-    update = seconds(both, device)
+    step()
+    peak = max(peak_gibibytes(step, device) for _ in range(repeats))
+    rollout, reference, update = (median(part) for part in zip(*taken[1:], strict=True))
     best = torch.rand(images, length, policy.codebook_size, device=device).topk(min(RANKS, length)).indices
     ranks = seconds(lambda: pairwise_ranks(best, tokens[0]), device)
     rows: list[Row] = [

@@ -180,7 +180,7 @@ def measure_steps(sizes: Sequence[str], images: int, device: torch.device, dtype
             _empty(device)
         policy = build_policy(size, device, dtype)
         prepare(policy, "full")
-        plain = plain_steps(policy, images)
+        plain = plain_steps(policy, images, REPEATS)
         for name, row in zip(("plain", "release"), plain, strict=True):
             rows.append({"model": size, "step": name, "images": images, **row})
         for row in rows[-4:]:

@@ -53,7 +53,7 @@ def test_the_plain_step_scores_what_the_policy_scores() -> None:
         scores = policy.score(prompt, tokens, guidance_scale=1.0, temperature=1.0)
     torch.testing.assert_close(logps, scores.logps[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, scores.entropy[0], atol=1e-5, rtol=0)
-    for row in plain_steps(policy, 2):
+    for row in plain_steps(policy, 2, 1):
         assert row["seconds"] == pytest.approx(sum(float(row[name]) for name in COLUMNS[:3]))
 
 
