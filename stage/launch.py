@@ -73,6 +73,16 @@ def job_folder(overrides: str) -> str:
     return f"{name[: LONGEST_NAME // 4]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
 
 
+def scorers_on(device: str) -> str:
+    """Where the scorers of a benchmark run: where the evaluation does, `auto` being the GPU where there is one."""
+    if device != "auto":
+        return device
+    import torch  # not for those who ask for help
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+OmegaConf.register_new_resolver("on", scorers_on, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 OmegaConf.register_new_resolver("processes", processes.processes, replace=True)
