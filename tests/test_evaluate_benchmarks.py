@@ -128,7 +128,8 @@ def test_drawn_here_and_scored_there(
 def test_pictures_of_the_same_list_are_drawn_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """`twin` has the list of `listed` and a threshold of its own: the same files under other names, judged apart."""
     twin = OmegaConf.load(world.groups / "benchmark" / "listed.yaml")
-    twin.name, twin.scorer.threshold = "twin", 1.0
+    OmegaConf.update(twin, "name", "twin")
+    OmegaConf.update(twin, "scorer.threshold", 1.0)
     OmegaConf.save(twin, world.groups / "benchmark" / "twin.yaml")
     assert run(world, monkeypatch, "benchmark=[listed,twin]", f"checkpoint={world.checkpoint}") is None
     folder = world.run / "evaluation" / "last"
@@ -149,12 +150,11 @@ def test_scorers_run_where_the_evaluation_does(name: str) -> None:
         rows = node.items() if isinstance(node, dict) else []
         return {str(v) for k, v in rows if k == "device"}.union(*(devices(v) for _, v in rows))
 
-    for given, there in (("cpu", {"cpu"}), ("cuda:1", {"cuda:1"})):
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    for given, there in (("cpu", "cpu"), ("cuda:1", "cuda:1"), ("auto", own)):
         config = composed("evaluate", f"benchmark={name}", f"device={given}", "datasets=none")
-        assert devices(OmegaConf.to_container(config, resolve=True)["benchmark"]) == there
-    own = composed("evaluate", f"benchmark={name}", "datasets=none")
-    expected = {"cuda" if torch.cuda.is_available() else "cpu"}
-    assert devices(OmegaConf.to_container(own, resolve=True)["benchmark"]) == expected
+        OmegaConf.resolve(config)
+        assert devices(OmegaConf.to_container(config.benchmark)) == {there}
 
 
 @pytest.mark.parametrize(
