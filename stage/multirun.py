@@ -156,7 +156,8 @@ def other_code(folder: Path, script: Path) -> str:
     made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     if not made or made[-1]["sha256"] == code_record(script.parent)["sha256"]:
         return ""
-    return f"made by another version of the code, {made[-1]['sha256'][:8]}; move {launch.short(folder)} away to repeat it"
+    version = made[-1]["sha256"][:8]
+    return f"made by another version of the code, {version}; move {launch.short(folder)} away to repeat it"
 
 
 def command(task: Task, script: Path, resume: str = "") -> list[str]:

@@ -214,7 +214,6 @@ def test_a_run_of_another_version_of_the_code_is_told(tmp_path: Path) -> None:
     assert "another version of the code, 0123abcd; move" in multirun.other_code(tmp_path, ROOT / "train.py")
 
 
-ROOT = Path(__file__).parents[1]
 LAUNCHERS = [
     "basic",
     pytest.param("parallel", marks=pytest.mark.slow),
