@@ -33,6 +33,7 @@ def train(prepared: launch.Prepared) -> None:
     from stage.score_checks import check_itself
 
     config = prepared.config
+    accelerator = launch.accelerator(config.trainer.accelerator)
     launch.quiet_libraries()
     lightning.seed_everything(config.seed, verbose=False)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
@@ -62,7 +63,9 @@ def train(prepared: launch.Prepared) -> None:
         logger.log_hyperparams(module.config)
     log_reward(parts["logger"], module.reward_record)
     log_code(parts["logger"], code_record(Path(__file__).parent), launch.updates_before(config.resume))
-    trainer = instantiate(config.trainer, logger=parts["logger"], callbacks=callbacks)
+    trainer = instantiate(
+        config.trainer, accelerator=accelerator, logger=parts["logger"], callbacks=callbacks
+    )
     launch.say(trainer, launch.first_line(prepared, module, trainer.strategy.root_device))
     announce(module, trainer.strategy, say=partial(launch.say, trainer))
     try:

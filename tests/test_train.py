@@ -237,6 +237,7 @@ MISTAKES = {
     "a missing prompt file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "a missing checkpoint": (["resume=nowhere.ckpt"], "nowhere.ckpt is not one"),
     "no accelerator": (["trainer.accelerator=quantum"], "accelerator"),
+    "an accelerator without float64": (["trainer.accelerator=mps"], "float64, which MPS does not have"),
     "a reward that knows nothing": (
         ["reward._target_=tests.tiny_training.Ignorant"],
         "must know the answers of the bundled pictures before it judges others: red is not red",
