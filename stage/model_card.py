@@ -17,6 +17,8 @@ STATED = (
     "group_size",
     "data.prompts_per_update",
     "optimizer.lr",
+    "model.subfolder",
+    "model.revision",
     "model.template.name",
     "model.dtype",
     "sampler.guidance_scale",

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
 from stage import export
+from stage.model_card import model_card
 from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.layout import MULTI_MODALITY, open_folder
 from stage.policy.lora import Lora
@@ -187,6 +188,22 @@ def test_the_card(world: World, lora: Path, tmp_path: Path, monkeypatch: pytest.
     ):
         assert line in card.splitlines(), line
     assert card.count("| overall |") == 1 and "base_model" not in card
+
+
+def test_the_card_of_one_of_several_models_of_a_repository() -> None:
+    """The published weights of STAGE are three subfolders."""
+    card = model_card(
+        title="mine",
+        base={"path": "krennic/STAGE", "sha256": "abc"},
+        update=1,
+        trained_with={"model": {"subfolder": "ocr_ours", "revision": None}},
+        reward=None,
+        form="the whole model",
+        usage="",
+        results=[],
+    )
+    assert "base_model: krennic/STAGE" in card and "- model.subfolder: ocr_ours\n" in card
+    assert "model.revision" not in card
 
 
 def test_mistakes(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from stage.paths import configured_folder, model_folder, resolve
 
@@ -116,4 +116,5 @@ class TestModelFolder:
         (repository / "refs" / "main").write_text(commit)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         model = OmegaConf.load(root / "conf" / "model" / f"{name}.yaml")
-        assert configured_folder(model) == repository / "snapshots" / commit / folder
+        assert isinstance(model, DictConfig)
+        assert configured_folder(dict(model)) == repository / "snapshots" / commit / folder

@@ -133,7 +133,8 @@ def check_adapter(adapter: SavedAdapter, base: Path) -> None:
         if found != adapter.base_sha256:
             raise ValueError(
                 f"the adapter in {adapter.folder} belongs to another base{_named(adapter)}, with sha256 "
-                f"{adapter.base_sha256[:12]}; {base} has {found[:12]}. Set model.path to the base it was trained on."
+                f"{adapter.base_sha256[:12]}; {base} has {found[:12]}. Set model.path to the base it was trained on, "
+                "in the files it had then: a conversion or new shards of the same weights have another sha256."
             )
 
 
