@@ -1,8 +1,8 @@
 """How much device memory a run takes in each process when its weights are sliced over several of them.
 
 Parts that are never there at the same time are not added up: before a rollout the weights are gathered, as soon as its
-tokens are drawn they are given back, and gradients come after that. FSDP2 in a backward pass has the layer that runs, the
-gathered bytes of the next, the gradients of a layer, and these once more in float32 on their way to the slices
+tokens are drawn they are given back, and gradients come after that. FSDP2 in a backward pass has the layer that runs,
+the gathered bytes of the next, the gradients of a layer, and these once more in float32 on their way to the slices
 (torch.distributed.fsdp, `FSDPParamGroup.post_backward`). All sizes in bytes; see `stage.memory` for the rest.
 """
 
