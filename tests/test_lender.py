@@ -54,7 +54,7 @@ def train(
     base: Path, prompt_file: str, folder: Path, strategy: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Three updates, with validation and a picture before the first and after every one."""
-    copies, make = [0], room.RolloutWeights
+    copies, make, owner = [0], room.RolloutWeights, vars(room)
 
     def counted(*arguments: Any) -> Any:
         copies[0] += 1
@@ -75,11 +75,11 @@ def train(
 
     changes = {"strategy": dict(strategy), "devices": int(os.environ["WORLD_SIZE"])} if strategy else {}
     trainer = tiny_trainer(folder, [*shown, Keep()], [], **changes)
-    room.RolloutWeights = counted  # type: ignore[misc]
+    owner["RolloutWeights"] = counted
     try:
         trainer.fit(module)
     finally:
-        room.RolloutWeights = make
+        owner["RolloutWeights"] = make
     inner = module.lender._gathered
     left = inner is not None and inner.policy.rollout_weights is not None
     return {
