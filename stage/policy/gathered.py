@@ -100,13 +100,6 @@ class Gathered:
         finally:
             self._drawing -= 1
 
-    def copy_bytes(self) -> int:
-        """Bytes of the gathered weights in their own storage, all layers together."""
-        layers = self._policy.language_model.layers
-        width = torch.empty(0, dtype=self.dtype).element_size()
-        numbers = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n)
-        return width * (numbers + sum(self._policy.get_parameter(name).numel() for name, _ in self._own))
-
 
 def check_sharded(reasoning: bool) -> None:
     """Raise ValueError for what a sharded policy cannot do."""
