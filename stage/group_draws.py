@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -67,8 +67,13 @@ def tokenized(policy: Any, sampler: Any, prompts: Sequence[Prompt]) -> PromptTok
     return drawing.tokenize(policy, sampler, [prompt.text for prompt in prompts])
 
 
+Drawer = Callable[
+    [], AbstractContextManager[Any]
+]  # lends the policy as a sampler reads it, for a `with` block
+
+
 def draw_groups(
-    policy: Any,
+    drawer: Drawer,
     sampler: Any,
     scorer: Scorer,
     objective: Any,
@@ -87,11 +92,11 @@ def draw_groups(
     """Prompt tokens, groups with their rewards, what the reference finds in them, and how many groups were drawn.
 
     Without rounds of resampling the reference may read while the scorer works; with them the rewards decide first
-    which groups it reads.
+    which groups it reads. `drawer` is left before scorer and reference come, but stays entered from round to round.
     """
     make = partial(
         draw_and_score,
-        policy,
+        drawer,
         sampler,
         scorer,
         features=objective.features,
@@ -103,10 +108,11 @@ def draw_groups(
         ranks=ranks,
     )
     rounds = objective.resampling_rounds
-    prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
-    kept, count = replaced(first, make, spare, rounds=rounds, update=update)
-    if kept is not first:
-        prompt_tokens = tokenized(policy, sampler, kept.prompts)
+    with drawer() if rounds else nullcontext() as policy:
+        prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
+        kept, count = replaced(first, make, spare, rounds=rounds, update=update)
+        if kept is not first:
+            prompt_tokens = tokenized(policy, sampler, kept.prompts)
     if rounds and look is not None:
         with watch("reference"):
             seen = look(prompt_tokens, kept.samples)
@@ -114,7 +120,7 @@ def draw_groups(
 
 
 def draw_and_score(
-    policy: Any,
+    drawer: Drawer,
     sampler: Any,
     scorer: Scorer,
     prompts: Sequence[Prompt],
@@ -132,9 +138,10 @@ def draw_and_score(
     """Samples of these prompts with images, rewards, and the vectors that the policy's method `features` gives.
 
     With `look` also what it finds in them, at the same time as the rewards where `beside` says so (see `judge`).
-    `samples` are those of the group that are wanted, None is all. Where one process fails, all do.
+    `samples` are those of the group that are wanted, None is all. Where one process fails, all do. What `drawer`
+    lends is given back before scorer and reference come.
     """
-    with ranks.together():
+    with drawer() as policy, ranks.together():
         with watch("sample"):
             prompt_tokens, found = draw(
                 policy, sampler, prompts, group_size, seed=seed, update=update, samples=samples

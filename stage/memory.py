@@ -80,7 +80,7 @@ class Workload:
 
 
 def memory_parts(shape: ModelShape, run: Workload) -> dict[str, int]:
-    """Bytes of each part at the moment when all of them are there: the backward pass of a micro-batch."""
+    """Bytes of each part. That of the rollout is given back before the backward pass, and counted all the same."""
     return {
         "weights": shape.weights,
         "reference": _reference(shape, run.reference),

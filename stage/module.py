@@ -13,8 +13,8 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from stage.data import PromptStream, UpdateNumbers
 from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
+from stage.lender import Lender
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
 from stage.policy import drawing
-from stage.policy.gathered import Gathered, check_sharded
+from stage.policy.gathered import check_sharded
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
 from stage.ranks import ALONE, Division, Ranks
@@ -56,7 +57,7 @@ from stage.training_checkpoint import (
     to_text,
     trained_names,
 )
-from stage.types import Metrics, Prompt, Rollout, Scorer, TokenScores
+from stage.types import Metrics, Rollout, Scorer, TokenScores
 
 
 class StageModule(LightningModule):
@@ -134,7 +135,7 @@ class StageModule(LightningModule):
         self.base, self.config, self.overrides = dict(base), dict(config), list(overrides)
         self.reward_record = scorer_record(scorer)
         self.ranks: Ranks = ALONE
-        self._gathered: tuple[Gathered | None] = (None,)
+        self.lender = Lender(policy, sampler)
         self.update = 0
         self.latest: Metrics = {}  # of the last update; callbacks may add to it before it is logged
         self._random: Mapping[str, Any] | None = None
@@ -195,25 +196,20 @@ class StageModule(LightningModule):
         if isinstance(strategy, Sharded):
             check_sharded(drawing.reasons(self.sampler))
             found = strategy.shard(self.policy, self.reference, reference_on_cpu=self.reference_on_cpu)
-            self._gathered = (found,)
+            self.lender = Lender(self.policy, self.sampler, found)
 
-    @contextmanager
-    def drawing(self) -> Iterator[nn.Module]:
+    def drawing(self) -> AbstractContextManager[Any]:
         """The policy as a sampler reads it, with the weights of this moment. Every process must enter."""
-        (gathered,) = self._gathered
-        with nullcontext(self.policy) if gathered is None else gathered.filled() as policy:
-            yield policy
+        return self.lender.lend()
 
     @property
     def draws_alone(self) -> bool:
         """Whether inside of `drawing` a process can draw without the others."""
-        (gathered,) = self._gathered
-        return gathered is None or gathered.copied
+        return self.lender.alone
 
     def on_fit_start(self) -> None:
-        (gathered,) = self._gathered
-        if gathered is not None:
-            gathered.to(self.device)
+        if self.lender.sliced:
+            self.lender.to(self.device)
             if self.reference is not None:
                 move(self.reference, self.device)
         elif self.reference is not None:
@@ -224,6 +220,9 @@ class StageModule(LightningModule):
         if self._random is not None:
             restore_random_states(self._random)
             self._random = None
+
+    def on_train_end(self) -> None:
+        self.lender.release()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One rollout, its updates, and one row of metrics at x = rollouts done."""
@@ -253,12 +252,6 @@ class StageModule(LightningModule):
 
     def _collect(self, watch: Stopwatch) -> Collected:
         prompts = self.prompts.batch(self.update)[self.division.prompts]
-        with ExitStack() as stack:
-            with watch("gather") if self._gathered[0] else nullcontext():
-                drawer = stack.enter_context(self.drawing())
-            return self._collected(prompts, drawer, watch)
-
-    def _collected(self, prompts: Sequence[Prompt], drawer: nn.Module, watch: Stopwatch) -> Collected:
         division = self.division
         rows, columns = micro_batches(len(prompts), division.group_size, self.objective.micro_batch)
         return collect(
@@ -277,7 +270,7 @@ class StageModule(LightningModule):
             spare=partial(self.prompts.spare, self.update),
             samples=division.samples,
             ranks=self.ranks,
-            drawer=drawer,
+            drawer=partial(self.lender.lend_last, watch),
         )
 
     def _watched(self, rollout: Rollout) -> Metrics:

@@ -7,6 +7,7 @@ alike (`collect`, argument `differentiable`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stage.drawn import Drawn
-from stage.group_draws import Stopwatch, draw_groups
+from stage.group_draws import Drawer, Stopwatch, draw_groups
 from stage.objective.distributions import Comparison
 from stage.policy import drawing
 from stage.ranks import ALONE, Ranks
@@ -220,15 +221,15 @@ def collect(
     spare: Callable[[int], Sequence[Prompt]] | None = None,
     samples: slice | None = None,
     ranks: Ranks = ALONE,
-    drawer: Any | None = None,
+    drawer: Drawer | None = None,
 ) -> Collected:
     """One rollout of `group_size` images for each prompt, with the seconds of its parts added to `watch`.
 
-    `samples`: these alone of each group. An error of one process is raised by all of `ranks`. `drawer` samples and
-    decodes in place of a sharded policy. The old scores are those of the training path, replayed on the sampled tokens
-    in the same micro-batches as the update, so that the first ratio is exactly 1. With `differentiable` that replay
-    keeps its graph and is returned as `scores`: where all samples fit into one forward and there is one update, it is
-    that update's forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With
+    `samples`: these alone of each group. An error of one process is raised by all of `ranks`. `drawer` lends what
+    samples and decodes in place of a sharded policy. The old scores are those of the training path, replayed on the
+    sampled tokens in the same micro-batches as the update, so that the first ratio is exactly 1. With `differentiable`
+    that replay keeps its graph and is returned as `scores`: where all samples fit into one forward and there is one
+    update, it is that update's forward too. Then `rollout.old` is its detached copy. `beside`: see `judge`. With
     `resampling_rounds` groups of equal rewards give way to groups of `spare(round)`, see `replaced`.
 
     Raises what the scorer raises, and ValueError when it gives no `[P, G, R]` of finite parts in their ranges
@@ -243,8 +244,9 @@ def collect(
             look = partial(look, keep_features=True)
         how: dict[str, Any] = {"group_size": group_size, "seed": seed, "update": update, "watch": watch}
         how |= {"samples": samples, "ranks": ranks}
+        drawer = partial(nullcontext, policy) if drawer is None else drawer
         prompt_tokens, kept, seen, count = draw_groups(
-            drawer or policy, sampler, scorer, objective, prompts, spare, look, beside=beside, **how
+            drawer, sampler, scorer, objective, prompts, spare, look, beside=beside, **how
         )
         drawn = kept.samples
     with watch("replay"), torch.set_grad_enabled(differentiable):

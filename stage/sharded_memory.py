@@ -1,7 +1,9 @@
 """How much device memory a run takes in each process when its weights are sliced over several of them.
 
-Parts that are never there at the same time are not added up: before a rollout the weights are gathered, after its last
-use they are given back, and gradients come after that. All sizes in bytes; see `stage.memory` for the rest.
+Parts that are never there at the same time are not added up: before a rollout the weights are gathered, as soon as its
+tokens are drawn they are given back, and gradients come after that. FSDP2 in a backward pass has the layer that runs,
+the gathered bytes of the next, the gradients of a layer, and these once more in float32 on their way to the slices
+(torch.distributed.fsdp, `FSDPParamGroup.post_backward`). All sizes in bytes; see `stage.memory` for the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 from stage.memory import FLOAT, SLACK, ModelShape, Reference, Workload, activation_bytes, rollout_bytes
 
 AHEAD = 2  # layers that are whole at once: the one that runs, and the next, which is gathered meanwhile
+ROOMS = 2  # layers that a rollout's weights are on their way of at once (stage.policy.flat_gather)
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,14 @@ class Slices:
     """Numbers of weights by what becomes of them.
 
     replicated: frozen outside of the layers, whole everywhere. frozen: the layers' that are not trained. outside:
-    trained outside of the layers. layer: all of one layer.
+    trained outside of the layers. layer: all of one layer. layer_trained: what is trained of one.
     """
 
     replicated: int
     frozen: int
     outside: int
     layer: int
+    layer_trained: int
 
 
 def slices_of(policy: Any) -> Slices:
@@ -39,6 +43,7 @@ def slices_of(policy: Any) -> Slices:
         frozen=sum(p.numel() for p in layers.parameters() if not p.requires_grad),
         outside=sum(p.numel() for p in outer if p.requires_grad),
         layer=sum(p.numel() for p in layers[0].parameters()),
+        layer_trained=sum(p.numel() for p in layers[0].parameters() if p.requires_grad),
     )
 
 
@@ -57,25 +62,28 @@ def sharded_parts(
     masters = on_device * FLOAT * shape.trained // processes
     keys_values = rollout_bytes(replace(shape, rollout_copy=0), run)
     whole = b * (slices.layer * shape.layers + slices.outside)
+    rooms = b * slices.layer * (ROOMS * (processes + 1)) // processes  # what is sent, and all that comes
     return {
         "weights": b * slices.replicated + b * slices.frozen // processes + masters,
         "reference": b * shape.trained // processes if run.reference is Reference.COPY else 0,
         "gradients": masters,
         "optimizer": on_device * run.optimizer_bytes // processes,
         "gathered for the rollout": whole if copied else b * (slices.layer + slices.outside),
+        "on their way to it": rooms if copied else 0,
         "keys and values": keys_values,
         "layers in use": b * (AHEAD * slices.layer + slices.outside),
         "activations": activation_bytes(shape, run),
+        "gradients of a layer": (b + FLOAT) * slices.layer_trained,
+        "gradients outside of the layers": (2 * b + FLOAT) * slices.outside + FLOAT * slices.layer_trained,
     }
 
 
 def sharded_peak(parts: Mapping[str, int]) -> int:
-    """The most that is there at once, with slack: in the rollout, in the replay after it, or in the backward pass."""
+    """The most that is there at once, with slack: in the rollout, in a layer's backward pass, or at the end of all."""
     always = parts["weights"] + parts["reference"] + parts["optimizer"]
-    forward = parts["layers in use"] + parts["activations"]
     moments = (
-        parts["gathered for the rollout"] + parts["keys and values"],
-        parts["gathered for the rollout"] + forward,
-        parts["gradients"] + forward,
+        parts["gathered for the rollout"] + max(parts["on their way to it"], parts["keys and values"]),
+        parts["gradients"] + parts["layers in use"] + parts["activations"] + parts["gradients of a layer"],
+        parts["gradients"] + parts["gradients outside of the layers"],
     )
     return round(SLACK * (always + max(moments)))

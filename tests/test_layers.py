@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.strategy",
         "stage.sharded_memory",
     ),
-    ("stage.rollout", "stage.report.*"),
+    ("stage.rollout", "stage.lender", "stage.report.*"),
     ("stage.loggers", "stage.forecast", "stage.step_metrics", "stage.diagnostics.*"),
     (
         "stage.module",
@@ -76,7 +76,8 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.detectors": ("mmdet_settings", "*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": (
-        "padding plan_layout names attention draws variation compiled_decode triton_linear triton_decode triton_draw",
+        "padding plan_layout names attention draws variation compiled_decode flat_gather "
+        "triton_linear triton_decode triton_draw",
         "template architecture weights",
         "layout text",
         "adapter_files convert",

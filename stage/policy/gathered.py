@@ -1,9 +1,9 @@
 """Weights that are sharded over processes, as a sampler reads them.
 
 Under FSDP a process has a slice of every trained weight. A rollout reads all weights once a token, so they are
-gathered once before it, in the type that is computed in, and given back after it (`Gathered`). Where that copy does not
-fit, each layer is gathered whenever it is read (`VisitingWeights`): slow, and every process must draw in step with the
-others.
+gathered once before it, in the type that is computed in (`Gathered`). Whoever draws from the same weights shares that
+copy; the rollout gives it back as soon as its tokens are drawn. Where it does not fit, each layer is gathered whenever
+it is read (`VisitingWeights`): slow, and every process must draw in step with the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stage.policy.rollout_weights import RolloutWeights, VisitingWeights, whole
+from stage.policy.flat_gather import gathered
+from stage.policy.rollout_weights import RolloutWeights, VisitingWeights
 
 
 class Gathered:
@@ -47,6 +48,10 @@ class Gathered:
             else:
                 memo[id(parameter)] = parameter
         self.policy: Any = copy.deepcopy(policy, memo)
+        self._versions: list[int] | None = (
+            None  # of all parameters when they were gathered; None where nothing is
+        )
+        self._drawing = 0  # blocks of `filled` that are entered
 
     def to(self, device: torch.device) -> None:
         """Move what is not shared with the policy."""
@@ -57,34 +62,43 @@ class Gathered:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Take over the weights of this moment. Every process must call it."""
+        """Take over the weights of this moment, unless it has them. Every process must call it."""
+        self._policy.reshard()  # a forward without a backward leaves whole what is outside of the layers
+        versions = [parameter._version for parameter in self._policy.parameters()]
+        if self._versions == versions:
+            return
+        self.release()
         device = self.policy.language_model.rotary_emb.inv_freq.device
-        for name, mine in self._own:
-            mine.data = whole(self._policy.get_parameter(name), self.dtype, device)
+        trained = [self._policy.get_parameter(name) for name, _ in self._own]
+        for group in gathered([[(parameter, self.dtype) for parameter in trained]], device):
+            for parameter, (_, mine) in zip(trained, self._own, strict=True):
+                mine.data = group.read(
+                    parameter, torch.empty(parameter.shape, dtype=self.dtype, device=device)
+                )
         make: Any = RolloutWeights if self.copied else VisitingWeights
         self.policy.rollout_weights = make(self.policy.language_model, self.dtype)
+        self._versions = versions
 
     def release(self) -> None:
-        """Give the memory back."""
-        self.policy.rollout_weights = None
+        """Give the memory back, unless somebody draws at the moment."""
+        if self._drawing:
+            return
+        self.policy.rollout_weights = self._versions = None
         for _, mine in self._own:
             mine.data = mine.data.new_empty(0)
 
     @contextmanager
     def filled(self) -> Iterator[Any]:
-        """The policy to draw from, with the weights of this moment, for the length of a `with` block."""
+        """The policy to draw from, with the weights of this moment, for the length of a `with` block.
+
+        What was gathered stays, for others who draw from the same weights; see `release`.
+        """
         self.fill()
+        self._drawing += 1
         try:
             yield self.policy
         finally:
-            self.release()
-
-    def copy_bytes(self) -> int:
-        """Bytes of the gathered weights in their own storage, all layers together."""
-        layers = self._policy.language_model.layers
-        width = torch.empty(0, dtype=self.dtype).element_size()
-        numbers = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n)
-        return width * (numbers + sum(self._policy.get_parameter(name).numel() for name, _ in self._own))
+            self._drawing -= 1
 
 
 def check_sharded(reasoning: bool) -> None:

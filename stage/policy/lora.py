@@ -136,12 +136,17 @@ def merged_weight(module: nn.Module, read: Callable[[Tensor], Tensor] = lambda w
     weight = read(layer.base_layer.weight)
     if layer.disable_adapters:
         return weight
-    first, second = read(layer.lora_A[ADAPTER].weight), read(layer.lora_B[ADAPTER].weight)
+    first, second = (read(factor) for factor in factors(layer))
     # A product of float32 matrices, whatever autocast would make of it around us.
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         return torch.addmm(weight.float(), second.float(), first.float(), alpha=layer.scaling[ADAPTER]).to(
             weight.dtype
         )
+
+
+def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """A `[rank, in]` and B `[out, rank]` of a layer with an adapter."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
 @contextmanager

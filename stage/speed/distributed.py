@@ -74,7 +74,7 @@ class Rows(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.rows.append(dict(pl_module.latest))
+        self.rows.append(dict(pl_module.latest) | reserved(pl_module.device))
         if trainer.is_global_zero:
             row = pl_module.latest
             print(
@@ -82,6 +82,13 @@ class Rows(Callback):
                 f"{row['policy/gradient_norm']:.6g}",
                 flush=True,
             )
+
+
+def reserved(device: torch.device) -> dict[str, float]:
+    """Bytes that the allocator took from a CUDA device, used or not, at most; nothing for another device."""
+    if device.type != "cuda":
+        return {}
+    return {"reserved_bytes": float(torch.cuda.max_memory_reserved(device))}
 
 
 def strategy_of(run: Run) -> Any:
@@ -159,6 +166,9 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "images_per_second": middle["time/images_per_second"],
         **shares,
         "peak_gib": max(row["time/peak_memory_bytes"] for row in measured) / 2**30,
+        "reserved_gib": max(row["reserved_bytes"] for row in measured) / 2**30
+        if "reserved_bytes" in middle
+        else None,
         "loss": [row["loss/total"] for row in rows],
         "gradient_norm": [row["policy/gradient_norm"] for row in rows],
     }
@@ -185,11 +195,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "seconds",
         "images_per_second",
     ]
-    columns += [*(f"{name}_share" for name in SHARES), "peak_gib"]
+    columns += [*(f"{name}_share" for name in SHARES), "peak_gib", "reserved_gib"]
     lines = [[*columns, "weak_scaling", "loss_gap", "norm_gap"], ["---"] * (len(columns) + 3)]
     for row in results:
         efficiency, gaps = scaling(row, results), apart(row, results)
-        lines.append([*(short(row[name]) for name in columns), short(efficiency), *map(short, gaps)])
+        # Results of earlier days know nothing of later columns.
+        lines.append([*(short(row.get(name)) for name in columns), short(efficiency), *map(short, gaps)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

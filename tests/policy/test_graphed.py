@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,26 @@ def test_settings_of_each_image(small_checkpoint: Path, monkeypatch: pytest.Monk
         if seed == 0:
             kept = sampler._graphs[0]._kept[2]
     assert sampler._graphs[0]._kept[2] is kept
+
+
+def test_what_a_sampler_gives_back_is_gone_at_once(
+    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joined weights, keys and values hang in no cycle, which Python would look for at some time or other."""
+    graphs(monkeypatch, True)
+    policy, sampler = load(small_checkpoint).to(DEVICE), Sampler(2.0, 1.0)
+    gc.collect()
+    gc.disable()
+    try:
+        sampler(policy, policy.tokenize(TEXTS), noise(policy, 1, len(TEXTS)))
+        decoder = sampler._graphs[0]._kept[2]
+        held = [weakref.ref(part) for part in (decoder, decoder.weights, decoder.cache)]
+        del decoder
+        assert all(part() is not None for part in held)
+        sampler.release()
+        assert all(part() is None for part in held)
+    finally:
+        gc.enable()
 
 
 def test_greedy(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

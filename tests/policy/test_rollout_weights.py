@@ -40,7 +40,7 @@ def test_refresh(policy: JanusPolicy) -> None:
     model: Any = policy.language_model
     weights = RolloutWeights(model, torch.float32)
     attention, layer = model.layers[1].self_attn, weights.layers[1]
-    places = [entry.tensor.data_ptr() for entry in weights._entries]
+    places = [entry.tensor.data_ptr() for group in weights._groups for entry in group]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
@@ -49,7 +49,7 @@ def test_refresh(policy: JanusPolicy) -> None:
     assert torch.equal(layer.qkv.weight[:64], attention.q_proj.weight)
     assert torch.equal(layer.out.weight, attention.o_proj.weight)
     assert torch.equal(weights.norm, model.norm.weight)
-    assert places == [entry.tensor.data_ptr() for entry in weights._entries]
+    assert places == [entry.tensor.data_ptr() for group in weights._groups for entry in group]
     attention.o_proj.weight.data = attention.o_proj.weight.data.clone()
     assert not weights.refresh()
 
@@ -58,7 +58,7 @@ def test_another_type(policy: JanusPolicy) -> None:
     """Nothing is shared with parameters of another type, so an optimizer's step must be copied."""
     model = policy.language_model
     weights = RolloutWeights(model, torch.bfloat16)
-    assert {entry.tensor.dtype for entry in weights._entries} == {torch.bfloat16}
+    assert {entry.tensor.dtype for group in weights._groups for entry in group} == {torch.bfloat16}
     with torch.no_grad():
         model.norm.weight.fill_(3.0)
     assert weights.norm[0] != 3 and weights.refresh() and (weights.norm == 3).all()
