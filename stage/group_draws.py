@@ -1,4 +1,4 @@
-"""Groups of samples with their rewards: drawn, decoded, judged, and replaced where all rewards of a group are equal."""
+"""Groups of samples with their rewards: drawn, decoded and judged."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from stage.drawn import Drawn
 from stage.policy import drawing
 from stage.ranks import ALONE, Ranks
+from stage.replacement import replaced
 from stage.score_checks import check_values
 from stage.types import Metrics, Prompt, PromptTokens, Samples, Scorer, Scores, TokenScores, map_tensors
 
@@ -104,7 +105,8 @@ def draw_groups(
     )
     rounds = objective.resampling_rounds
     prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
-    kept, count = replaced(first, make, spare, rounds=rounds, update=update)
+    span = group_size // first.samples.tokens.shape[1]
+    kept, count = replaced(first, make, spare, rounds=rounds, update=update, ranks=ranks, span=span)
     if kept is not first:
         prompt_tokens = tokenized(policy, sampler, kept.prompts)
     if rounds and look is not None:
@@ -146,32 +148,6 @@ def draw_and_score(
     looks_back = None if look is None else partial(look, prompt_tokens, found)
     scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch, ranks=ranks)
     return prompt_tokens, Drawn(tuple(prompts), found, images, codes, scores), seen
-
-
-def replaced(
-    drawn: Drawn,
-    make: Callable[[Sequence[Prompt]], tuple[PromptTokens, Drawn, TokenScores | None]],
-    spare: Callable[[int], Sequence[Prompt]] | None,
-    *,
-    rounds: int,
-    update: int,
-) -> tuple[Drawn, int]:
-    """As many groups, those of equal rewards replaced as far as `rounds` of spare prompts go, and how many were drawn.
-
-    DAPO's dynamic sampling (arXiv 2503.14476). Departures:
-    1. Rounds are limited; what is then missing is filled up with groups of equal rewards.
-    2. A group is informative when its rewards differ; the paper asks for right and wrong answers in it.
-    """
-    count = len(drawn.prompts)
-    for number in range(1, rounds + 1):
-        if spare is None or bool(drawn.informative(update).all()):
-            break
-        known = {prompt.id for prompt in drawn.prompts}
-        others = [prompt for prompt in spare(number) if prompt.id not in known]
-        if others:
-            count += len(others)
-            drawn = drawn.refilled(make(others)[1], update)
-    return drawn, count
 
 
 def check_resampling(objective: Any, sampler: Any) -> None:

@@ -46,7 +46,7 @@ from stage.rollout import (
     whole_groups,
 )
 from stage.step_metrics import is_largest, time_metrics
-from stage.strategy import Sharded, check_processes, connected, move
+from stage.strategy import Sharded, connected, move
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -188,7 +188,6 @@ class StageModule(LightningModule):
     def setup(self, stage: str) -> None:
         prompts = self.prompts.prompts_per_update
         self.ranks = connected(self.trainer.strategy, prompts, self.group_size, self.config)
-        check_processes(self.ranks, self.objective)
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy

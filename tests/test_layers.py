@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory", "stage.drawn", "stage.fingerprints"),
-    ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*"),
+    ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*", "stage.replacement"),
     (
         "stage.group_draws",
         "stage.strategy",
