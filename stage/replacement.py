@@ -8,7 +8,7 @@ too few; only groups of spare prompts ever move.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -132,24 +132,30 @@ def renumbered(places: Sequence[Place]) -> list[Place]:
     return found
 
 
-def moves(places: Sequence[Place], holders: int) -> list[tuple[Place, int]]:
-    """Which groups go to which holder, so that all have equally many: the last ones of those who have too many."""
+def moves(places: Sequence[Place], holders: int, movable: Collection[int]) -> list[tuple[Place, int]]:
+    """Which groups go to which holder, so that all have equally many: the last movable ones of who has too many."""
     each = len(places) // holders
-    held = [sum(place.holder == holder for place in places) for holder in range(holders)]
-    targets = [holder for holder, number in enumerate(held) for _ in range(each - number)]
-    return list(zip((place for place in places if place.index >= each), targets, strict=True))
+    held = [[place for place in places if place.holder == holder] for holder in range(holders)]
+    targets = [holder for holder, own in enumerate(held) for _ in range(each - len(own))]
+    given: list[Place] = []
+    for own in held:
+        surplus = max(0, len(own) - each)
+        free = [place for place in own if place.prompt in movable]
+        given += free[len(free) - surplus :]
+    return list(zip(given, targets, strict=True))
 
 
 def evened(
     drawn: Drawn, first: Drawn, places: Sequence[Place], spares: Mapping[int, Prompt], holders: Holders
 ) -> Drawn:
     """The groups of this holder after all moves; `first` has groups of the same shapes, `spares` the prompts by id."""
-    moving, ranks, mine = moves(places, holders.count), holders.ranks, holders.mine
+    moving, ranks, mine = moves(places, holders.count, spares), holders.ranks, holders.mine
     if not moving:
         return drawn
     said = ranks.gathered([drawn.scores.reasons[place.index] for place, _ in moving if place.holder == mine])
-    kept = [place.index for place in places if place.holder == mine and place.index < len(first.prompts)]
-    found, part = drawn.take(kept), ranks.rank % holders.span
+    given = [place.index for place, _ in moving if place.holder == mine]
+    found = drawn.take([index for index in range(len(drawn.prompts)) if index not in given])
+    part = ranks.rank % holders.span
     for place, target in moving:
         ends = place.holder * holders.span + part, target * holders.span + part
         reasons = said[ends[0]].pop(0)

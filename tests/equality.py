@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor
 from stage.data import PromptStream
 from stage.policy.lora import add_lora
 from stage.policy.sampler import Sampler
-from stage.types import PromptTokens, Samples
+from stage.types import Prompt, PromptTokens, Samples, Scores
 from tests.tiny_training import PROMPTS, Redness, objective, tiny_module, tiny_policy, tiny_trainer
 
 UPDATES = 3
+MANY = tuple(Prompt(number, f"a {word} circle") for number, word in enumerate(["red", "blue", "green"] * 4))
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Case:
     prompts: int = 4
     recorded: bool = True
     updates: int = UPDATES
+    rounds: int = 0
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
+        words += [f"r{self.rounds}"] if self.rounds else []
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
 
@@ -52,16 +55,26 @@ class Recorded:
         """Nothing is held."""
 
 
+class Picky(Redness):
+    """Finds no difference between the images of most prompts."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        found = super().__call__(images, prompts)
+        differ = torch.tensor([prompt.id % 3 == 0 for prompt in prompts])
+        return replace(found, parts=found.parts * differ[:, None, None])
+
+
 class Steps(Callback):
     """What each optimizer step was made of."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.gradients: list[dict[str, Tensor]] = []
-        self.tokens: list[Tensor] = []
+        self.tokens: list[dict[int, Tensor]] = []
 
     def on_rollout(self, module: Any, rollout: Any) -> dict[str, float]:
-        self.tokens.append(rollout.tokens.clone())
+        drawn = zip(rollout.prompts, rollout.tokens, strict=True)
+        self.tokens.append({prompt.id: tokens.clone() for prompt, tokens in drawn})
         return {}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -93,9 +106,11 @@ def module_of(case: Case, base: Path) -> Any:
         base,
         policy=policy,
         sampler=Recorded() if case.recorded else Sampler(1.0, 1.0),
-        scorer=Redness(),
-        objective=objective(case.algorithm, micro_batch=case.micro_batch),
-        prompts=PromptStream(PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
+        scorer=Picky() if case.rounds else Redness(),
+        objective=objective(
+            case.algorithm, micro_batch=case.micro_batch, resampling_rounds=case.rounds
+        ),
+        prompts=PromptStream(MANY if case.rounds else PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         updates=case.updates,
     )
@@ -104,7 +119,7 @@ def module_of(case: Case, base: Path) -> Any:
 def fit_case(
     case: Case, base: Path, folder: Path, strategy: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Metrics, gradients and tokens of each update, and the trained weights after the last."""
+    """Metrics, gradients and tokens of each update, these by prompt, and the trained weights after the last."""
     module, steps = module_of(case, base), Steps()
     changes = (
         {} if strategy is None else {"strategy": dict(strategy), "devices": int(os.environ["WORLD_SIZE"])}

@@ -15,7 +15,7 @@ from stage.replacement import Place, moves, refilled, renumbered, replaced
 from stage.types import Prompt, Samples, Scores
 from tests.processes import run
 
-GROUP, PROMPTS, CASES, ROUNDS = 4, 6, 12, 3
+GROUP, PROMPTS, CASES, ROUNDS = 4, 6, 40, 3
 
 
 def row(*groups: tuple[int, bool], holder: int = 0) -> list[Place]:
@@ -33,10 +33,12 @@ def test_what_is_missing_is_filled_with_what_was_there() -> None:
     assert [place.prompt for place in found] == [1, 0, 2]
 
 
-def test_the_last_groups_of_who_has_too_many_go_to_who_has_too_few() -> None:
-    places = renumbered([*row((0, True)), *row((1, True), (2, True), (3, True), holder=1), *row((4, True), holder=2)])
-    assert [(place.prompt, target) for place, target in moves([*places, Place(5, 1, 3, True)], 3)] == [(3, 0), (5, 2)]
-    assert moves(row((0, True), (1, False)), 1) == []
+def test_the_last_spare_groups_of_who_has_too_many_go_to_who_has_too_few() -> None:
+    second = row((1, True), (12, True), (13, True), (2, False), holder=1)
+    places = renumbered([*row((0, True)), *second, *row((3, True), holder=2)])
+    found = [(place.prompt, target) for place, target in moves(places, 3, {12, 13})]
+    assert found == [(12, 0), (13, 2)]
+    assert moves(row((0, True), (1, False)), 1, {}) == []
 
 
 def reward(case: int, prompt: int, sample: int) -> float:
