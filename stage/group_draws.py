@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from stage.drawn import Drawn
 from stage.policy import drawing
 from stage.ranks import ALONE, Ranks
 from stage.replacement import replaced
+from stage.rewards.members import compares_group
 from stage.score_checks import check_values
 from stage.types import Metrics, Prompt, PromptTokens, Samples, Scorer, Scores, TokenScores, map_tensors
 
@@ -146,7 +148,9 @@ def draw_and_score(
         with watch("decode"):
             images, codes = policy.decode(found.tokens), getattr(policy, features)(found.tokens)
     looks_back = None if look is None else partial(look, prompt_tokens, found)
-    scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch, ranks=ranks)
+    scores, seen = judge(
+        scorer, images, prompts, looks_back, beside=beside, watch=watch, samples=samples, ranks=ranks
+    )
     return prompt_tokens, Drawn(tuple(prompts), found, images, codes, scores), seen
 
 
@@ -167,6 +171,7 @@ def judge(
     *,
     beside: bool,
     watch: Stopwatch,
+    samples: slice | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Scores, TokenScores | None]:
     """The reward of images `[P, G, H, W, 3]`, and what the reference finds in their tokens.
@@ -176,17 +181,21 @@ def judge(
     `reward` is the time that is waited for the scorer after the reference is done, so that parts still add up, and
     `reward_beside` all of the scorer's time.
 
-    A scorer that fails on one of several processes stops all of them here, before anything waits for another.
+    A scorer that fails on one of several processes stops all of them here, before anything waits for another. One that
+    compares the images of a prompt sees those of the other processes too, `samples` are the places of these.
     """
+    compared = ranks.sharing is not None and compares_group(scorer)
+    shown = ranks.whole_group(images) if compared else images
+    score = partial(_reward, scorer, shown, prompts, samples if compared else None)
     if looks_back is None or not beside:
         with ranks.together(), watch("reward"):
-            scores = _reward(scorer, images, prompts)
+            scores = score()
         with watch("reference"):
             return scores, None if looks_back is None else looks_back()
 
     def timed() -> tuple[Scores, float]:
         started = time.perf_counter()
-        scores = _reward(scorer, images, prompts)
+        scores = score()
         return scores, time.perf_counter() - started
 
     with ThreadPoolExecutor(1, thread_name_prefix="reward") as pool:
@@ -198,8 +207,11 @@ def judge(
     return scores, reference_scores
 
 
-def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-    """Checked scores. The scorer's own dtype counts, not that of training, in whatever thread this is."""
+def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], samples: slice | None) -> Scores:
+    """Checked scores, of all images or of those of `samples`.
+
+    The scorer's own dtype counts, not that of training, in whatever thread this is.
+    """
     device = images.device
     with (
         torch.no_grad(),
@@ -209,7 +221,10 @@ def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> Scores
         scores = scorer(images, prompts)
     check_shape(scores.parts, *images.shape[:2])
     check_values(scores, images, prompts, "the scorer")
-    return scores
+    if samples is None:
+        return scores
+    reasons = tuple(row[samples] for row in scores.reasons)
+    return replace(map_tensors(scores, lambda tensor: tensor[:, samples]), reasons=reasons)
 
 
 def check_shape(parts: Tensor, num_prompts: int, group_size: int) -> None:

@@ -35,10 +35,12 @@ class Case:
     recorded: bool = True
     updates: int = UPDATES
     rounds: int = 0
+    compared: bool = False
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
         words += [f"r{self.rounds}"] if self.rounds else []
+        words += ["compared"] if self.compared else []
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
 
@@ -53,6 +55,16 @@ class Recorded:
 
     def release(self) -> None:
         """Nothing is held."""
+
+
+class Apart(Redness):
+    """How far an image's red is from the mean of its group."""
+
+    compares_group = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        found = super().__call__(images, prompts)
+        return replace(found, parts=(found.parts - found.parts.mean(1, keepdim=True)).abs())
 
 
 class Picky(Redness):
@@ -106,7 +118,7 @@ def module_of(case: Case, base: Path) -> Any:
         base,
         policy=policy,
         sampler=Recorded() if case.recorded else Sampler(1.0, 1.0),
-        scorer=Picky() if case.rounds else Redness(),
+        scorer=Apart() if case.compared else Picky() if case.rounds else Redness(),
         objective=objective(
             case.algorithm, micro_batch=case.micro_batch, resampling_rounds=case.rounds
         ),

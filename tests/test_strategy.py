@@ -23,6 +23,7 @@ CASES = [
     Case("stage", prompts=1),
     Case("grpo", prompts=1, micro_batch=1),
     Case("stage", prompts=1, lora=True),
+    Case("stage", prompts=1, compared=True),
     Case("stage", rounds=2),
     Case("grpo", rounds=3, prompts=2, micro_batch=2),
     Case("stage", rounds=2, prompts=1),
