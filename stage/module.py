@@ -31,7 +31,7 @@ from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
 from stage.policy import drawing
-from stage.policy.gathered import Gathered, check_sharded
+from stage.policy.gathered import Gathered
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
 from stage.ranks import ALONE, Division, Ranks
@@ -40,6 +40,7 @@ from stage.rollout import (
     check_comparison,
     collect,
     comparison,
+    equal_totals,
     micro_batches,
     score_part,
     scored_distribution,
@@ -192,7 +193,6 @@ class StageModule(LightningModule):
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, Sharded):
-            check_sharded(drawing.reasons(self.sampler))
             found = strategy.shard(self.policy, self.reference, reference_on_cpu=self.reference_on_cpu)
             self._gathered = (found,)
 
@@ -292,6 +292,7 @@ class StageModule(LightningModule):
         rollout = whole_groups(collected.rollout, self.ranks)
         with self.ranks.together():
             credit, metrics = self.objective.credit(rollout)
+        credit, metrics = equal_totals(credit, metrics, self.ranks)
         credit = credit.micro_batch(slice(None), self.division.samples)
         if self.objective.resampling_rounds:
             metrics["reward/groups_drawn"] = float(collected.groups_drawn)

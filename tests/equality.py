@@ -14,10 +14,12 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from stage.data import PromptStream
+from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.lora import add_lora
 from stage.policy.sampler import Sampler
+from stage.policy.template import Template
 from stage.types import Prompt, PromptTokens, Samples, Scores
-from tests.tiny_training import PROMPTS, Redness, objective, tiny_module, tiny_policy, tiny_trainer
+from tests.tiny_training import FROZEN, PROMPTS, Redness, objective, tiny_module, tiny_policy, tiny_trainer
 
 UPDATES = 3
 MANY = tuple(Prompt(number, f"a {word} circle") for number, word in enumerate(["red", "blue", "green"] * 4))
@@ -36,11 +38,12 @@ class Case:
     updates: int = UPDATES
     rounds: int = 0
     compared: bool = False
+    plans: bool = False
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
         words += [f"r{self.rounds}"] if self.rounds else []
-        words += ["compared"] if self.compared else []
+        words += [name for name in ("compared", "plans") if getattr(self, name)]
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
 
@@ -98,6 +101,20 @@ class Steps(Callback):
         self.rows.append(rows)
 
 
+def planner(base: Path) -> JanusPolicy:
+    """A policy that plans; with several end tokens, so that the plans of random weights have many lengths."""
+    policy = load_policy(str(base), Template("asking", "", "", "a photo of {prompt} :"), "float32", FROZEN, False)
+    policy.model.generation_config.eos_token_id = [2, 9, 12, 17, 20, 23]
+    return policy
+
+
+def sampler_of(case: Case) -> Any:
+    """What draws the samples of a case."""
+    if case.recorded:
+        return Recorded()
+    return Sampler(1.0, 1.0, "text", 0.5, 6, 1.2) if case.plans else Sampler(1.0, 1.0)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, or all of one that is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -106,7 +123,8 @@ def whole(tensor: Tensor) -> Tensor:
 def module_of(case: Case, base: Path) -> Any:
     """The module of a case."""
     torch.manual_seed(0)  # of the adapters
-    policy = tiny_policy(base).to(getattr(torch, case.dtype))
+    policy = planner(base) if case.plans else tiny_policy(base)
+    policy.to(getattr(torch, case.dtype))
     if case.lora:
         add_lora(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
         policy.to(getattr(torch, case.dtype))
@@ -117,7 +135,7 @@ def module_of(case: Case, base: Path) -> Any:
     return tiny_module(
         base,
         policy=policy,
-        sampler=Recorded() if case.recorded else Sampler(1.0, 1.0),
+        sampler=sampler_of(case),
         scorer=Apart() if case.compared else Picky() if case.rounds else Redness(),
         objective=objective(
             case.algorithm, micro_batch=case.micro_batch, resampling_rounds=case.rounds

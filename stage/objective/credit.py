@@ -42,6 +42,10 @@ class PlanCredit:
             weight=rollout.plan_weight,
         )
 
+    def counted_as(self, total: float) -> PlanCredit:
+        """The same with another number of tokens, by which metrics are divided and no loss."""
+        return replace(self, total=torch.full_like(self.total, total))
+
     def micro_batch(self, prompts: slice, samples: slice) -> PlanCredit:
         """The part of some prompts and some samples, with the divisors of the whole rollout."""
         reference = self.reference_logps

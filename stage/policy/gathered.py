@@ -85,12 +85,3 @@ class Gathered:
         width = torch.empty(0, dtype=self.dtype).element_size()
         numbers = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n)
         return width * (numbers + sum(self._policy.get_parameter(name).numel() for name, _ in self._own))
-
-
-def check_sharded(reasoning: bool) -> None:
-    """Raise ValueError for what a sharded policy cannot do."""
-    if reasoning:
-        raise ValueError(
-            "plans are written by the whole model, not by gathered weights; got sampler.reasoning=text with "
-            "strategy=fsdp. Set strategy=ddp, with model/adapter=lora where all weights do not fit"
-        )

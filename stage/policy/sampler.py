@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage.policy.decoder import CachedDecoder, Prefixes, find_prefixes, image_logits
+from stage.policy.decoder import CachedDecoder, Prefixes, compute_dtype, find_prefixes, image_logits
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
 from stage.policy.rollout_weights import VisitingWeights, rollout_weights
@@ -205,15 +205,6 @@ class Sampler:
 
 def _row_each(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, torch.float32).flatten()
-
-
-def compute_dtype(policy: JanusPolicy) -> torch.dtype:
-    """The type that scoring computes in: that of autocast where it is on, else that of the weights."""
-    device = policy.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    weight: Tensor = policy.language_model.norm.weight
-    return weight.dtype
 
 
 def _has_graphs(policy: JanusPolicy) -> bool:
