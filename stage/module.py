@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from stage.data import PromptStream, UpdateNumbers
 from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
+from stage.joint_credit import joint_credit
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
@@ -40,11 +41,9 @@ from stage.rollout import (
     check_comparison,
     collect,
     comparison,
-    equal_totals,
     micro_batches,
     score_part,
     scored_distribution,
-    whole_groups,
 )
 from stage.step_metrics import is_largest, time_metrics
 from stage.strategy import Sharded, connected, move
@@ -289,10 +288,7 @@ class StageModule(LightningModule):
 
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""
-        rollout = whole_groups(collected.rollout, self.ranks)
-        with self.ranks.together():
-            credit, metrics = self.objective.credit(rollout)
-        credit, metrics = equal_totals(credit, metrics, self.ranks)
+        credit, metrics = joint_credit(self.objective, collected.rollout, self.ranks)
         credit = credit.micro_batch(slice(None), self.division.samples)
         if self.objective.resampling_rounds:
             metrics["reward/groups_drawn"] = float(collected.groups_drawn)

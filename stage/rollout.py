@@ -16,12 +16,10 @@ from torch import Tensor
 
 from stage.drawn import Drawn
 from stage.group_draws import Stopwatch, draw_groups
-from stage.objective.credit import Credit
 from stage.objective.distributions import Comparison
 from stage.policy import drawing
 from stage.ranks import ALONE, Ranks
 from stage.types import (
-    Metrics,
     Plans,
     Prompt,
     PromptTokens,
@@ -284,46 +282,6 @@ def _record(
         guidance_scale=drawn.guidance_scale,
         temperature=drawn.temperature,
     )
-
-
-def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
-    """The rollout with all samples of its groups where these span several processes; images stay those drawn here."""
-
-    def whole(part: Any) -> Any:
-        return (
-            ranks.whole_group(part)
-            if isinstance(part, Tensor)
-            else part and map_tensors(part, ranks.whole_group)
-        )
-
-    if ranks.sharing is None:
-        return rollout
-    parts = (
-        "tokens",
-        "codes",
-        "sampled_logps",
-        "scores",
-        "old",
-        "reference",
-        "plans",
-        "guidance_scale",
-        "temperature",
-    )
-    found: dict[str, Any] = {name: whole(getattr(rollout, name)) for name in parts}
-    return replace(rollout, **found)
-
-
-def equal_totals(credit: Credit, metrics: Metrics, ranks: Ranks) -> tuple[Credit, Metrics]:
-    """Credit and its metrics, so that the mean over processes of a mean over the plans' tokens is that of all tokens.
-
-    Plans differ in length, so processes differ in tokens: each divides by the mean of their numbers in place of its own.
-    """
-    if credit.plan is None or ranks.world == 1:
-        return credit, metrics
-    mine = float(credit.plan.total)
-    total = sum(ranks.gathered(mine)) / ranks.world
-    gap = {"plan/sampling_gap": metrics["plan/sampling_gap"] * mine / total}
-    return replace(credit, plan=credit.plan.counted_as(total)), metrics | gap
 
 
 def look_back(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from stage.data import PromptStream
@@ -19,7 +20,16 @@ from stage.policy.lora import add_lora
 from stage.policy.sampler import Sampler
 from stage.policy.template import Template
 from stage.types import Prompt, PromptTokens, Samples, Scores
-from tests.tiny_training import FROZEN, PROMPTS, Redness, objective, tiny_module, tiny_policy, tiny_trainer
+from tests.tiny_training import (
+    FROZEN,
+    PROMPTS,
+    ROOT,
+    Redness,
+    objective,
+    tiny_module,
+    tiny_policy,
+    tiny_trainer,
+)
 
 UPDATES = 3
 MANY = tuple(Prompt(number, f"a {word} circle") for number, word in enumerate(["red", "blue", "green"] * 4))
@@ -39,10 +49,12 @@ class Case:
     rounds: int = 0
     compared: bool = False
     plans: bool = False
+    advantage: str | None = None
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
         words += [f"r{self.rounds}"] if self.rounds else []
+        words += [self.advantage] if self.advantage else []
         words += [name for name in ("compared", "plans") if getattr(self, name)]
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
@@ -103,9 +115,21 @@ class Steps(Callback):
 
 def planner(base: Path) -> JanusPolicy:
     """A policy that plans; with several end tokens, so that the plans of random weights have many lengths."""
-    policy = load_policy(str(base), Template("asking", "", "", "a photo of {prompt} :"), "float32", FROZEN, False)
+    policy = load_policy(
+        str(base), Template("asking", "", "", "a photo of {prompt} :"), "float32", FROZEN, False
+    )
     policy.model.generation_config.eos_token_id = [2, 9, 12, 17, 20, 23]
     return policy
+
+
+def changes_of(case: Case) -> dict[str, Any]:
+    """What differs from conf/algorithm of a case."""
+    changes: dict[str, Any] = {"micro_batch": case.micro_batch, "resampling_rounds": case.rounds}
+    if case.advantage is not None:
+        changes["advantage"] = OmegaConf.load(
+            ROOT / "conf" / "algorithm" / "advantage" / f"{case.advantage}.yaml"
+        )
+    return changes
 
 
 def sampler_of(case: Case) -> Any:
@@ -137,9 +161,7 @@ def module_of(case: Case, base: Path) -> Any:
         policy=policy,
         sampler=sampler_of(case),
         scorer=Apart() if case.compared else Picky() if case.rounds else Redness(),
-        objective=objective(
-            case.algorithm, micro_batch=case.micro_batch, resampling_rounds=case.rounds
-        ),
+        objective=objective(case.algorithm, **changes_of(case)),
         prompts=PromptStream(MANY if case.rounds else PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         updates=case.updates,

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stage.weights", "stage.batches", "stage.ranks"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
-    ("stage.subject", "stage.memory", "stage.drawn", "stage.fingerprints"),
+    ("stage.subject", "stage.memory", "stage.drawn", "stage.joint_credit", "stage.fingerprints"),
     ("stage.rewards.*", "stage.benchmarks.*", "stage.data", "stage.shapes.*", "stage.replacement"),
     (
         "stage.group_draws",

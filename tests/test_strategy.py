@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.equality import Case, fit_cases, largest_gap
 from tests.processes import run
@@ -24,6 +23,9 @@ CASES = [
     Case("grpo", prompts=1, micro_batch=1),
     Case("stage", prompts=1, lora=True),
     Case("stage", prompts=1, compared=True),
+    Case("grpo", prompts=2, advantage="decoupled"),
+    Case("stage", plans=True, recorded=False),
+    Case("grpo", plans=True, recorded=False, prompts=1, lora=True, micro_batch=1),
     Case("stage", rounds=2),
     Case("grpo", rounds=3, prompts=2, micro_batch=2),
     Case("stage", rounds=2, prompts=1),
@@ -81,6 +83,7 @@ FREE = [
     Case("stage", recorded=False, dtype="float32"),
     Case("grpo", lora=True, recorded=False, dtype="float32"),
     Case("grpo", rounds=2, recorded=False, dtype="float32"),
+    Case("grpo", plans=True, recorded=False, dtype="float32"),
 ]
 
 
@@ -106,6 +109,10 @@ def equal_shares(one: list[Any], ranks: list[list[Any]]) -> list[float]:
     shares = []
     for expected, *parts in zip(one, *ranks, strict=True):
         found = {prompt: tokens for part in parts for prompt, tokens in part.items()}
-        equal = [(found[prompt] == tokens).double().mean() for prompt, tokens in expected.items() if prompt in found]
+        equal = [
+            (found[prompt] == tokens).double().mean()
+            for prompt, tokens in expected.items()
+            if prompt in found
+        ]
         shares.append(float(sum(equal)) / max(len(expected), len(found)))
     return shares

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from stage.types import Rollout, TokenScores, map_tensors
 
+Batch = tuple[
+    Rollout, slice
+]  # the groups of all processes, as far as advantages need them, and which are one's own
+
 
 @dataclass(frozen=True)
 class PlanCredit:
