@@ -13,6 +13,7 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -310,11 +311,20 @@ class StageModule(LightningModule):
                 loss, metrics = self._backward(rollout, credit, scores, *cell)
             losses.append(loss)
             parts.append(metrics)
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = gradient_norm(gradients, self._total)
+        # All numbers of a step come from the device at once.
+        checked = {"loss": torch.stack(losses).sum(), "gradient norm": norm}
+        found = merge_metrics(parts, checked)
         with self.ranks.together():
-            check_finite(torch.stack(losses).sum(), "loss", self.update)
+            for name in checked:
+                check_finite(found[name], name, self.update)
         # The parts of a group on several processes add up; everything else is a mean over processes.
-        merged = {n: v if is_maximum(n) else v * span for n, v in merge_metrics(parts).items()}
-        merged |= self._clip(optimizer)
+        merged = {n: v if is_maximum(n) else v * span for n, v in found.items() if n not in checked}
+        if self.gradient_clip is not None:
+            clip(gradients, norm, self.gradient_clip)
+        rate = optimizer.param_groups[0]["lr"]
+        merged |= {"policy/gradient_norm": found["gradient norm"], "policy/learning_rate": rate}
         self._whole = None
         optimizer.step()
         optimizer.zero_grad()  # the next rollout has the memory
@@ -342,14 +352,6 @@ class StageModule(LightningModule):
         if not last and isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return nullcontext()
-
-    def _clip(self, optimizer: LightningOptimizer) -> Metrics:
-        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
-        norm = gradient_norm(gradients, self._total)
-        check_finite(norm, "gradient norm", self.update)
-        if self.gradient_clip is not None:
-            clip(gradients, norm, self.gradient_clip)
-        return {"policy/gradient_norm": norm.item(), "policy/learning_rate": optimizer.param_groups[0]["lr"]}
 
     def _total(self, number: Tensor) -> Tensor:
         """The sum of a number over the processes."""
@@ -382,10 +384,10 @@ class StageModule(LightningModule):
             print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
 
 
-def check_finite(value: Tensor, name: str, update: int) -> None:
+def check_finite(value: float, name: str, update: int) -> None:
     """Raise ValueError for NaN or infinity, before it reaches the weights."""
-    if not torch.isfinite(value):
+    if not math.isfinite(value):
         raise ValueError(
-            f"the {name} must be finite; it is {value.item()} in update {update + 1}. Resume from the last "
+            f"the {name} must be finite; it is {value} in update {update + 1}. Resume from the last "
             "checkpoint with trainer.precision=32-true, or start again with a lower optimizer.lr."
         )

@@ -87,7 +87,7 @@ def draw_plans(policy: JanusPolicy, prompt: PromptTokens, uniforms: Tensor, temp
 
     Raises FloatingPointError if the text logits are not finite.
     """
-    draws = uniforms.flatten(0, 1).to(policy.device)
+    draws = uniforms.flatten(0, 1).to(policy.device, non_blocking=True)
     dtype = compute_dtype(policy)
     with torch.autocast(policy.device.type, enabled=False):
         tokens, seen, logps = _write(policy, prompt, draws, uniforms.shape[1], temperature, dtype)

@@ -129,7 +129,7 @@ class Sampler:
                 self.temperature if temperature is None else _row_each(temperature, policy.device),
             )
             prefixes = self._prefixes(policy, prompt, group, length, setting)
-            draws = uniforms.to(policy.device).flatten(0, 1)
+            draws = uniforms.to(policy.device, non_blocking=True).flatten(0, 1)
             tokens, logps = self._decoder(policy, dtype, setting)(policy, prefixes, draws, dtype, setting)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
@@ -204,7 +204,7 @@ class Sampler:
 
 
 def _row_each(values: Tensor, device: torch.device) -> Tensor:
-    return values.to(device, torch.float32).flatten()
+    return values.to(device, torch.float32, non_blocking=True).flatten()
 
 
 def _has_graphs(policy: JanusPolicy) -> bool:
