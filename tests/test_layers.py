@@ -121,7 +121,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "rollout rewards evaluation",
         "plain_step",
         "training",
-        "distributed memory",
+        "distributed memory scaling",
         "__main__",
     ),
     "stage.shapes": (
