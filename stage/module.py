@@ -347,7 +347,10 @@ class StageModule(LightningModule):
         return loss.detach(), metrics
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
-        """Between processes, gradients are reduced once an optimizer step: with the last micro-batch."""
+        """Gradients are reduced once an optimizer step, with the last micro-batch.
+
+        Slices are reduced with each: no process has room for whole gradients then.
+        """
         strategy = self.trainer.strategy
         if not last and isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()

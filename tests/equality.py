@@ -50,12 +50,13 @@ class Case:
     compared: bool = False
     plans: bool = False
     advantage: str | None = None
+    beside: bool = False
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
         words += [f"r{self.rounds}"] if self.rounds else []
         words += [self.advantage] if self.advantage else []
-        words += [name for name in ("compared", "plans") if getattr(self, name)]
+        words += [name for name in ("compared", "plans", "beside") if getattr(self, name)]
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
 
@@ -165,6 +166,7 @@ def module_of(case: Case, base: Path) -> Any:
         prompts=PromptStream(MANY if case.rounds else PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         updates=case.updates,
+        reward_beside_reference=case.beside,
     )
 
 

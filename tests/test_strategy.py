@@ -22,7 +22,7 @@ CASES = [
     Case("stage", prompts=1),
     Case("grpo", prompts=1, micro_batch=1),
     Case("stage", prompts=1, lora=True),
-    Case("stage", prompts=1, compared=True),
+    Case("stage", prompts=1, compared=True, beside=True),
     Case("grpo", prompts=2, advantage="decoupled"),
     Case("stage", plans=True, recorded=False),
     Case("grpo", plans=True, recorded=False, prompts=1, lora=True, micro_batch=1),

@@ -124,9 +124,11 @@ class RemoteReward:
 
         Raises ConnectionError when every attempt failed, ValueError for a request or an answer that is wrong.
         """
+        # All at once and at once: beside a reference on the same device, later copies would wait for its kernels.
+        shown = images.cpu()
         each = images.shape[1] if self.compares_group else self.images_per_request
         pieces = [
-            (prompts[row : row + 1], images[row : row + 1, start : start + each])
+            (prompts[row : row + 1], shown[row : row + 1, start : start + each])
             for row in range(len(prompts))
             for start in range(0, images.shape[1], each)
         ]
@@ -146,7 +148,7 @@ class RemoteReward:
         return Scores(parts.to(images.device), first.names, first.weights, tuple(reasons), first.ranges)
 
     def _score(self, prompts: Sequence[Prompt], images: Tensor) -> Scores:
-        pictures = images[0].cpu().numpy()
+        pictures = images[0].numpy()
         body = ScoreRequest(
             version=VERSION,
             prompts=from_prompts(prompts),

@@ -38,7 +38,9 @@ PAD, BOS, EOS, UNKNOWN, BOI, EOI, IMAGE = range(len(SPECIAL))
 def build_policy(
     size: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0, layers: int | None = None
 ) -> JanusPolicy:
-    """A Janus-Pro of `size` (`1b`, `7b` or `tiny`) with random weights, made on `device` in `dtype`, or the shipped one.
+    """A Janus-Pro of `size` (`1b`, `7b` or `tiny`) with random weights, made on `device` in `dtype`.
+
+    `shipped` is the tiny one with its trained weights.
 
     `layers` of its language model are fewer than it has, None is all.
 

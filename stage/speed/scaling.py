@@ -53,7 +53,7 @@ def measure(processes: int, options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def efficiency(one: Mapping[str, Any], several: Mapping[str, Any]) -> dict[str, float]:
-    """Shares of one process's speed that each of several has, as much work each: by the clock, and by processor time."""
+    """Share of one process's speed that each of several has at as much work, by the clock and by processor time."""
     return {
         "clock": several["images_per_second"] / several["processes"] / one["images_per_second"],
         "processor": one["processor_seconds"] / several["processor_seconds"],
