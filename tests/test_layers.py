@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.processes",
         "stage.gradients",
     ),
-    ("stage.weights", "stage.batches", "stage.ranks"),
+    ("stage.weights", "stage.batches", "stage.ranks", "stage.resolvers"),
     ("stage.objective.*",),
     ("stage.policy.*", "stage.detectors.*", "stage.geneval", "stage.prompt_files", "stage.score_checks"),
     ("stage.subject", "stage.memory", "stage.drawn", "stage.joint_credit", "stage.fingerprints"),
