@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from stage.objective.credit import Batch, Credit
+from stage.objective.credit import Credit
 from stage.ranks import Ranks
-from stage.types import Metrics, Rollout, TokenScores, map_tensors
+from stage.types import Metrics, Rollout, map_tensors
 
 
-def joint_credit(objective: Any, rollout: Rollout, ranks: Ranks) -> tuple[Credit, Metrics]:
-    """`Objective.credit` of the groups that this process has a part of, whole, and their metrics.
+def joint_credit(objective: Any, rollout: Rollout, samples: slice, ranks: Ranks) -> tuple[Credit, Metrics]:
+    """`Objective.credit` of this process's `samples` of its groups, and the metrics of all that it was computed from.
 
-    All of `ranks` must call it, and where one fails all do.
+    That is the whole groups, or all groups of all processes where the objective compares them (`num_parts`). All of
+    `ranks` must call it, and where one fails all do.
     """
-    whole = whole_groups(rollout, ranks)
-    batch = whole_batch(whole, ranks) if objective.compares_batch and ranks.world > 1 else None
+    whole = mapped(rollout, ranks.whole_group) if ranks.sharing is not None else rollout
+    first, groups = 0, len(rollout.tokens)
+    if objective.compares_batch and ranks.world > 1:
+        whole = mapped(whole, ranks.whole_batch)
+        first = ranks.rank * (len(whole.tokens) // groups) // ranks.world * groups
     with ranks.together():
-        credit, metrics = objective.credit(whole) if batch is None else objective.credit(whole, batch)
-    return equal_totals(credit, metrics, ranks)
+        credit, metrics = objective.credit(whole)
+    credit, metrics = equal_totals(credit, metrics, ranks)
+    return credit.micro_batch(slice(first, first + groups), samples), metrics
 
 
-def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
-    """The rollout with all samples of its groups where these span several processes; images stay those drawn here."""
+def num_parts(objective: Any, ranks: Ranks, span: int) -> int:
+    """How many processes have a part of one mean, so that their losses add up to it: all of them, or `span`."""
+    return ranks.world if objective.compares_batch else span
 
-    def whole(part: Any) -> Any:
-        return (
-            ranks.whole_group(part)
-            if isinstance(part, Tensor)
-            else part and map_tensors(part, ranks.whole_group)
-        )
 
-    if ranks.sharing is None:
-        return rollout
-    parts = (
+def mapped(rollout: Rollout, gather: Callable[[Tensor], Tensor]) -> Rollout:
+    """The rollout with what credit is made of as `gather` gives it; prompts and images stay those drawn here."""
+
+    def everywhere(part: Any) -> Any:
+        return gather(part) if isinstance(part, Tensor) else part and map_tensors(part, gather)
+
+    reference = rollout.reference and replace(
+        rollout.reference, features=None
+    )  # large, and of no use to credit
+    rollout = replace(rollout, reference=reference)
+    names = (
         "tokens",
         "codes",
         "sampled_logps",
@@ -47,23 +56,8 @@ def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
         "guidance_scale",
         "temperature",
     )
-    found: dict[str, Any] = {name: whole(getattr(rollout, name)) for name in parts}
+    found: dict[str, Any] = {name: everywhere(getattr(rollout, name)) for name in names}
     return replace(rollout, **found)
-
-
-def whole_batch(rollout: Rollout, ranks: Ranks) -> Batch:
-    """What advantages are made of, of all groups of all processes, and which of them are those of `rollout`."""
-    scores = map_tensors(rollout.scores, ranks.whole_batch)
-    groups = len(rollout.prompts)
-    first = ranks.rank * (len(scores.parts) // groups) // ranks.world * groups
-
-    def entropies(found: TokenScores) -> TokenScores:
-        entropy = ranks.whole_batch(found.entropy)
-        return TokenScores(entropy, entropy)
-
-    old, reference = entropies(rollout.old), rollout.reference and entropies(rollout.reference)
-    everything = replace(rollout, scores=scores, old=old, reference=reference)
-    return everything, slice(first, first + groups)
 
 
 def equal_totals(credit: Credit, metrics: Metrics, ranks: Ranks) -> tuple[Credit, Metrics]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from stage.data import PromptStream, UpdateNumbers
 from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
-from stage.joint_credit import joint_credit
+from stage.joint_credit import joint_credit, num_parts
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
@@ -189,6 +189,7 @@ class StageModule(LightningModule):
     def setup(self, stage: str) -> None:
         prompts = self.prompts.prompts_per_update
         self.ranks = connected(self.trainer.strategy, prompts, self.group_size, self.config)
+        self._parts = num_parts(self.objective, self.ranks, self.division.span)
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
@@ -289,8 +290,7 @@ class StageModule(LightningModule):
 
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""
-        credit, metrics = joint_credit(self.objective, collected.rollout, self.ranks)
-        credit = credit.micro_batch(slice(None), self.division.samples)
+        credit, metrics = joint_credit(self.objective, collected.rollout, self.division.samples, self.ranks)
         if self.objective.resampling_rounds:
             metrics["reward/groups_drawn"] = float(collected.groups_drawn)
         for _ in range(self.objective.updates_per_rollout):
@@ -302,8 +302,9 @@ class StageModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        here, span = self.division.group_size, self.division.span
-        rows, columns = micro_batches(len(rollout.prompts), here, self.objective.micro_batch)
+        rows, columns = micro_batches(
+            len(rollout.prompts), self.division.group_size, self.objective.micro_batch
+        )
         cells = [(prompts, samples) for prompts in rows for samples in columns]
         losses, parts = [], []
         for index, cell in enumerate(cells):
@@ -319,8 +320,8 @@ class StageModule(LightningModule):
         with self.ranks.together():
             for name in checked:
                 check_finite(found[name], name, self.update)
-        # The parts of a group on several processes add up; everything else is a mean over processes.
-        merged = {n: v if is_maximum(n) else v * span for n, v in found.items() if n not in checked}
+        # What is one mean over several processes adds up; everything else is a mean over processes.
+        merged = {n: v if is_maximum(n) else v * self._parts for n, v in found.items() if n not in checked}
         if self.gradient_clip is not None:
             clip(gradients, norm, self.gradient_clip)
         rate = optimizer.param_groups[0]["lr"]
@@ -343,7 +344,7 @@ class StageModule(LightningModule):
             drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
             scores = score_part(self.policy, *drawn, prompts, samples, distribution, other)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
-        self.manual_backward(loss * self.division.span)  # gradients of processes are averaged
+        self.manual_backward(loss * self._parts)  # gradients of processes are averaged
         return loss.detach(), metrics
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:

@@ -49,14 +49,15 @@ class Case:
     rounds: int = 0
     compared: bool = False
     plans: bool = False
-    advantage: str | None = None
+    slot: str | None = None  # a file of conf/algorithm
     beside: bool = False
+    reweighted: bool = False
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
         words += [f"r{self.rounds}"] if self.rounds else []
-        words += [self.advantage] if self.advantage else []
-        words += [name for name in ("compared", "plans", "beside") if getattr(self, name)]
+        words += [self.slot.split("/")[-1]] if self.slot else []
+        words += [name for name in ("compared", "plans", "beside", "reweighted") if getattr(self, name)]
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
 
@@ -126,10 +127,10 @@ def planner(base: Path) -> JanusPolicy:
 def changes_of(case: Case) -> dict[str, Any]:
     """What differs from conf/algorithm of a case."""
     changes: dict[str, Any] = {"micro_batch": case.micro_batch, "resampling_rounds": case.rounds}
-    if case.advantage is not None:
-        changes["advantage"] = OmegaConf.load(
-            ROOT / "conf" / "algorithm" / "advantage" / f"{case.advantage}.yaml"
-        )
+    if case.reweighted:
+        changes |= {"reweight_advantage": True, "reweight_kl": True}
+    if case.slot is not None:
+        changes[case.slot.split("/")[0]] = OmegaConf.load(ROOT / "conf" / "algorithm" / f"{case.slot}.yaml")
     return changes
 
 

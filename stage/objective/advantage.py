@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage.types import Scores, map_tensors
+from stage.types import Scores
 
 TIED_GROUPS = ("raw", "zero", "normalise")
 TOLERANCE = 1e-6  # rewards closer than this, relative to max(1, |best|), are the same reward
@@ -37,10 +37,6 @@ class Advantages:
     bonus: Tensor | None
     kept: Tensor
     contributions: Tensor | None = None
-
-    def groups(self, chosen: slice) -> Advantages:
-        """Those of some groups."""
-        return map_tensors(self, lambda tensor: tensor[chosen])
 
 
 def gated_parts(scores: Scores) -> Tensor:

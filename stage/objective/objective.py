@@ -43,7 +43,7 @@ from torch import Tensor
 
 from stage.objective.advantage import Advantages
 from stage.objective.checks import check_rollout
-from stage.objective.credit import Batch, Credit, PlanCredit
+from stage.objective.credit import Credit, PlanCredit
 from stage.objective.credit_metrics import credit_metrics, share_of_active
 from stage.objective.critical import CriticalTokens
 from stage.objective.metrics import TensorMetrics, merge_metrics, to_floats
@@ -86,10 +86,10 @@ class Objective:
 
     Any callable that takes its keywords fits a slot; one with a method `check(switches)` gets all switches
     above as a mapping when the objective is built and raises ValueError where it cannot work with them. An advantage
-    with a method `at(update)` is asked for the one of each rollout, one with a true `compares_batch` sees the groups of
-    all processes. A slot with a true `needs_reference` makes rollouts
-    hold reference scores, and token weights with `features` name the method of the policy that gives their `codes`. A
-    divergence with `compared` has tokens scored with it, see distributions.py.
+    with a method `at(update)` is asked for the one of each rollout. A slot with a true `needs_reference` makes rollouts
+    hold reference scores, one with a true `compares_batch` sees the groups of all processes, and token weights with
+    `features` name the method of the policy that gives their `codes`. A divergence with `compared` has tokens scored
+    with it, see distributions.py.
 
     Raises:
         ValueError: a switch out of range, or a slot that cannot be called as above or work with the switches.
@@ -155,8 +155,10 @@ class Objective:
 
     @property
     def compares_batch(self) -> bool:
-        """Whether advantages depend on the other groups of an update, all of which `credit` then needs."""
-        return getattr(self.advantage, "compares_batch", False)
+        """Whether the credit of a group depends on the others of an update, so that it is that of all of them."""
+        weighed = self.reweight_advantage or self.reweight_kl or self.critical_tokens is not None
+        slots = (self.advantage, *((self.token_weights, self.aggregation) if weighed else ()))
+        return any(getattr(slot, "compares_batch", False) for slot in slots)
 
     @property
     def features(self) -> str:
@@ -172,11 +174,10 @@ class Objective:
         return getattr(self.divergence, "compared", None) if self.beta != 0 else None
 
     @torch.no_grad()
-    def credit(self, rollout: Rollout, batch: Batch | None = None) -> tuple[Credit, Metrics]:
+    def credit(self, rollout: Rollout) -> tuple[Credit, Metrics]:
         """Advantages, token weights and divisors of a rollout, and its metrics as floats (one device sync).
 
-        Slots compute in float64; the credit is stored in the dtype of the log-probabilities, or float32. With a `batch`
-        advantages are those in it.
+        Slots compute in float64; the credit is stored in the dtype of the log-probabilities, or float32.
 
         Returns:
             Credit, and means over the rollout. Across ranks average them, but take the largest where
@@ -194,7 +195,7 @@ class Objective:
         check_rollout(rollout, self.needs_reference)
         device = rollout.old.logps.device  # a scorer may have answered from the CPU
         rollout = replace(rollout, scores=map_tensors(rollout.scores, lambda parts: parts.to(device)))
-        found = self._advantages(rollout) if batch is None else self._advantages(batch[0]).groups(batch[1])
+        found = self._advantages(rollout)
         weights = self._token_weights(rollout, found)
         dtype = torch.promote_types(rollout.old.logps.dtype, torch.float32)
         old = rollout.old.logps.detach().to(dtype)
