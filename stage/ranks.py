@@ -187,7 +187,7 @@ class Ranks:
     def hand_over(self, tensor: Tensor, source: int, target: int) -> Tensor:
         """The tensor of process `source` in process `target`, whose own has its shape, type and device and gives way.
 
-        These two must call it, and come to all their calls in one order.
+        Every process must call it, and the others get back what they give.
         """
         if self.rank not in (source, target) or source == target:
             return tensor

@@ -159,15 +159,14 @@ def evened(
     for place, target in moving:
         ends = place.holder * holders.span + part, target * holders.span + part
         reasons = said[ends[0]].pop(0)
-        if mine in (place.holder, target):
-            group = drawn.take([place.index]) if mine == place.holder else first.take([0])
-            cross = partial(ranks.hand_over, source=ends[0], target=ends[1])
-            handed = Drawn(
-                prompts=(spares[place.prompt],),
-                samples=map_tensors(group.samples, cross),
-                images=cross(group.images),
-                codes=cross(group.codes),
-                scores=replace(map_tensors(group.scores, cross), reasons=(tuple(reasons),)),
-            )
-            found = found.followed_by(handed) if mine == target else found
+        group = drawn.take([place.index]) if mine == place.holder else first.take([0])
+        cross = partial(ranks.hand_over, source=ends[0], target=ends[1])
+        handed = Drawn(
+            prompts=(spares[place.prompt],),
+            samples=map_tensors(group.samples, cross),
+            images=cross(group.images),
+            codes=cross(group.codes),
+            scores=replace(map_tensors(group.scores, cross), reasons=(tuple(reasons),)),
+        )
+        found = found.followed_by(handed) if mine == target else found
     return found
