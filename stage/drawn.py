@@ -28,7 +28,7 @@ class Drawn:
 
     def take(self, chosen: Sequence[int]) -> Drawn:
         """The groups of these places, in this order."""
-        index = torch.tensor(list(chosen))
+        index = torch.tensor(list(chosen), dtype=torch.long)
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[index.to(tensor.device)]
@@ -65,14 +65,6 @@ class Drawn:
                 gates=gates,
             ),
         )
-
-    def refilled(self, other: Drawn, update: int) -> Drawn:
-        """As many groups as here: informative ones of both, these first, then uninformative ones of these."""
-        count, both = len(self.prompts), self.followed_by(other)
-        informative = both.informative(update).tolist()
-        places = [place for place, good in enumerate(informative) if good]
-        places += [place for place, good in enumerate(informative[:count]) if not good]
-        return both.take(places[:count])
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:

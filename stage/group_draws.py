@@ -1,4 +1,4 @@
-"""Groups of samples with their rewards: drawn, decoded, judged, and replaced where all rewards of a group are equal."""
+"""Groups of samples with their rewards: drawn, decoded and judged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from stage.drawn import Drawn
 from stage.policy import drawing
 from stage.ranks import ALONE, Ranks
+from stage.replacement import replaced
+from stage.rewards.members import compares_group
 from stage.score_checks import check_values
 from stage.types import Metrics, Prompt, PromptTokens, Samples, Scorer, Scores, TokenScores, map_tensors
 
@@ -110,7 +113,8 @@ def draw_groups(
     rounds = objective.resampling_rounds
     with drawer() if rounds else nullcontext() as policy:
         prompt_tokens, first, seen = make(prompts, look=None if rounds else look, beside=beside)
-        kept, count = replaced(first, make, spare, rounds=rounds, update=update)
+        span = group_size // first.samples.tokens.shape[1]
+        kept, count = replaced(first, make, spare, rounds=rounds, update=update, ranks=ranks, span=span)
         if kept is not first:
             prompt_tokens = tokenized(policy, sampler, kept.prompts)
     if rounds and look is not None:
@@ -151,34 +155,10 @@ def draw_and_score(
         with watch("decode"):
             images, codes = policy.decode(found.tokens), getattr(policy, features)(found.tokens)
     looks_back = None if look is None else partial(look, prompt_tokens, found)
-    scores, seen = judge(scorer, images, prompts, looks_back, beside=beside, watch=watch, ranks=ranks)
+    scores, seen = judge(
+        scorer, images, prompts, looks_back, beside=beside, watch=watch, samples=samples, ranks=ranks
+    )
     return prompt_tokens, Drawn(tuple(prompts), found, images, codes, scores), seen
-
-
-def replaced(
-    drawn: Drawn,
-    make: Callable[[Sequence[Prompt]], tuple[PromptTokens, Drawn, TokenScores | None]],
-    spare: Callable[[int], Sequence[Prompt]] | None,
-    *,
-    rounds: int,
-    update: int,
-) -> tuple[Drawn, int]:
-    """As many groups, those of equal rewards replaced as far as `rounds` of spare prompts go, and how many were drawn.
-
-    DAPO's dynamic sampling (arXiv 2503.14476). Departures:
-    1. Rounds are limited; what is then missing is filled up with groups of equal rewards.
-    2. A group is informative when its rewards differ; the paper asks for right and wrong answers in it.
-    """
-    count = len(drawn.prompts)
-    for number in range(1, rounds + 1):
-        if spare is None or bool(drawn.informative(update).all()):
-            break
-        known = {prompt.id for prompt in drawn.prompts}
-        others = [prompt for prompt in spare(number) if prompt.id not in known]
-        if others:
-            count += len(others)
-            drawn = drawn.refilled(make(others)[1], update)
-    return drawn, count
 
 
 def check_resampling(objective: Any, sampler: Any) -> None:
@@ -198,6 +178,7 @@ def judge(
     *,
     beside: bool,
     watch: Stopwatch,
+    samples: slice | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Scores, TokenScores | None]:
     """The reward of images `[P, G, H, W, 3]`, and what the reference finds in their tokens.
@@ -207,17 +188,21 @@ def judge(
     `reward` is the time that is waited for the scorer after the reference is done, so that parts still add up, and
     `reward_beside` all of the scorer's time.
 
-    A scorer that fails on one of several processes stops all of them here, before anything waits for another.
+    A scorer that fails on one of several processes stops all of them here, before anything waits for another. One that
+    compares the images of a prompt sees those of the other processes too, `samples` are the places of these.
     """
+    compared = ranks.sharing is not None and compares_group(scorer)
+    shown = ranks.whole_group(images) if compared else images
+    score = partial(_reward, scorer, shown, prompts, samples if compared else None)
     if looks_back is None or not beside:
         with ranks.together(), watch("reward"):
-            scores = _reward(scorer, images, prompts)
+            scores = score()
         with watch("reference"):
             return scores, None if looks_back is None else looks_back()
 
     def timed() -> tuple[Scores, float]:
         started = time.perf_counter()
-        scores = _reward(scorer, images, prompts)
+        scores = score()
         return scores, time.perf_counter() - started
 
     with ThreadPoolExecutor(1, thread_name_prefix="reward") as pool:
@@ -229,8 +214,11 @@ def judge(
     return scores, reference_scores
 
 
-def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-    """Checked scores. The scorer's own dtype counts, not that of training, in whatever thread this is."""
+def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], samples: slice | None) -> Scores:
+    """Checked scores, of all images or of those of `samples`.
+
+    The scorer's own dtype counts, not that of training, in whatever thread this is.
+    """
     device = images.device
     with (
         torch.no_grad(),
@@ -240,7 +228,10 @@ def _reward(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt]) -> Scores
         scores = scorer(images, prompts)
     check_shape(scores.parts, *images.shape[:2])
     check_values(scores, images, prompts, "the scorer")
-    return scores
+    if samples is None:
+        return scores
+    reasons = tuple(row[samples] for row in scores.reasons)
+    return replace(map_tensors(scores, lambda tensor: tensor[:, samples]), reasons=reasons)
 
 
 def check_shape(parts: Tensor, num_prompts: int, group_size: int) -> None:

@@ -13,6 +13,7 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,12 +28,12 @@ from torch import Tensor, nn
 from stage.data import PromptStream, UpdateNumbers
 from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
+from stage.joint_credit import joint_credit, num_parts
 from stage.lender import Lender
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
 from stage.policy import drawing
-from stage.policy.gathered import check_sharded
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
 from stage.ranks import ALONE, Division, Ranks
@@ -44,10 +45,9 @@ from stage.rollout import (
     micro_batches,
     score_part,
     scored_distribution,
-    whole_groups,
 )
 from stage.step_metrics import is_largest, time_metrics
-from stage.strategy import Sharded, check_processes, connected, move
+from stage.strategy import Sharded, connected, move
 from stage.training_checkpoint import (
     check_base,
     check_names,
@@ -189,12 +189,11 @@ class StageModule(LightningModule):
     def setup(self, stage: str) -> None:
         prompts = self.prompts.prompts_per_update
         self.ranks = connected(self.trainer.strategy, prompts, self.group_size, self.config)
-        check_processes(self.ranks, self.objective)
+        self._parts = num_parts(self.objective, self.ranks, self.division.span)
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, Sharded):
-            check_sharded(drawing.reasons(self.sampler))
             found = strategy.shard(self.policy, self.reference, reference_on_cpu=self.reference_on_cpu)
             self.lender = Lender(self.policy, self.sampler, found)
 
@@ -283,10 +282,7 @@ class StageModule(LightningModule):
 
     def _learn(self, collected: Collected) -> Metrics:
         """All updates from one rollout; metrics of the last one, those of the gradient included."""
-        rollout = whole_groups(collected.rollout, self.ranks)
-        with self.ranks.together():
-            credit, metrics = self.objective.credit(rollout)
-        credit = credit.micro_batch(slice(None), self.division.samples)
+        credit, metrics = joint_credit(self.objective, collected.rollout, self.division.samples, self.ranks)
         if self.objective.resampling_rounds:
             metrics["reward/groups_drawn"] = float(collected.groups_drawn)
         for _ in range(self.objective.updates_per_rollout):
@@ -298,8 +294,9 @@ class StageModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        here, span = self.division.group_size, self.division.span
-        rows, columns = micro_batches(len(rollout.prompts), here, self.objective.micro_batch)
+        rows, columns = micro_batches(
+            len(rollout.prompts), self.division.group_size, self.objective.micro_batch
+        )
         cells = [(prompts, samples) for prompts in rows for samples in columns]
         losses, parts = [], []
         for index, cell in enumerate(cells):
@@ -307,11 +304,20 @@ class StageModule(LightningModule):
                 loss, metrics = self._backward(rollout, credit, scores, *cell)
             losses.append(loss)
             parts.append(metrics)
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = gradient_norm(gradients, self._total)
+        # All numbers of a step come from the device at once.
+        checked = {"loss": torch.stack(losses).sum(), "gradient norm": norm}
+        found = merge_metrics(parts, checked)
         with self.ranks.together():
-            check_finite(torch.stack(losses).sum(), "loss", self.update)
-        # The parts of a group on several processes add up; everything else is a mean over processes.
-        merged = {n: v if is_maximum(n) else v * span for n, v in merge_metrics(parts).items()}
-        merged |= self._clip(optimizer)
+            for name in checked:
+                check_finite(found[name], name, self.update)
+        # What is one mean over several processes adds up; everything else is a mean over processes.
+        merged = {n: v if is_maximum(n) else v * self._parts for n, v in found.items() if n not in checked}
+        if self.gradient_clip is not None:
+            clip(gradients, norm, self.gradient_clip)
+        rate = optimizer.param_groups[0]["lr"]
+        merged |= {"policy/gradient_norm": found["gradient norm"], "policy/learning_rate": rate}
         self._whole = None
         optimizer.step()
         optimizer.zero_grad()  # the next rollout has the memory
@@ -330,23 +336,18 @@ class StageModule(LightningModule):
             drawn = rollout.prompt_tokens, rollout.tokens, rollout.plans
             scores = score_part(self.policy, *drawn, prompts, samples, distribution, other)
         loss, metrics = self.objective.loss(scores, credit.micro_batch(prompts, samples))
-        self.manual_backward(loss * self.division.span)  # gradients of processes are averaged
+        self.manual_backward(loss * self._parts)  # gradients of processes are averaged
         return loss.detach(), metrics
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
-        """Between processes, gradients are reduced once an optimizer step: with the last micro-batch."""
+        """Gradients are reduced once an optimizer step, with the last micro-batch.
+
+        Slices are reduced with each: no process has room for whole gradients then.
+        """
         strategy = self.trainer.strategy
         if not last and isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return nullcontext()
-
-    def _clip(self, optimizer: LightningOptimizer) -> Metrics:
-        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
-        norm = gradient_norm(gradients, self._total)
-        check_finite(norm, "gradient norm", self.update)
-        if self.gradient_clip is not None:
-            clip(gradients, norm, self.gradient_clip)
-        return {"policy/gradient_norm": norm.item(), "policy/learning_rate": optimizer.param_groups[0]["lr"]}
 
     def _total(self, number: Tensor) -> Tensor:
         """The sum of a number over the processes."""
@@ -379,10 +380,10 @@ class StageModule(LightningModule):
             print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
 
 
-def check_finite(value: Tensor, name: str, update: int) -> None:
+def check_finite(value: float, name: str, update: int) -> None:
     """Raise ValueError for NaN or infinity, before it reaches the weights."""
-    if not torch.isfinite(value):
+    if not math.isfinite(value):
         raise ValueError(
-            f"the {name} must be finite; it is {value.item()} in update {update + 1}. Resume from the last "
+            f"the {name} must be finite; it is {value} in update {update + 1}. Resume from the last "
             "checkpoint with trainer.precision=32-true, or start again with a lower optimizer.lr."
         )

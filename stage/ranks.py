@@ -173,6 +173,32 @@ class Ranks:
         dist.all_gather(parts, mine, group=self.sharing)
         return torch.cat([part.view(tensor.dtype) for part in parts], dim=1).to(tensor.device)
 
+    def whole_batch(self, tensor: Tensor) -> Tensor:
+        """Rows `[P, ...]` of each process to those of all, in order, on the same device.
+
+        Processes that share a group have the same rows, which count once.
+        """
+        mine = tensor.detach().cpu().contiguous().view(torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine, group=self.everyone)
+        span = 1 if self.sharing is None else dist.get_world_size(self.sharing)
+        return torch.cat([part.view(tensor.dtype) for part in parts[::span]]).to(tensor.device)
+
+    def hand_over(self, tensor: Tensor, source: int, target: int) -> Tensor:
+        """The tensor of process `source` in process `target`, whose own has its shape, type and device and gives way.
+
+        Every process must call it, and the others get back what they give.
+        """
+        if self.rank not in (source, target) or source == target:
+            return tensor
+        sent = tensor.detach().cpu().contiguous()
+        carried = sent.view(torch.uint8)  # not every type can be sent
+        if self.rank == source:
+            dist.send(carried, target, group=self.everyone)
+            return tensor
+        dist.recv(carried, source, group=self.everyone)
+        return sent.to(tensor.device)
+
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise ValueError on all processes unless these are the same on each, naming the first that is not."""
         rows = self.gathered(dict(facts))

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from stage.policy.sampler import compute_dtype
+from stage.policy.decoder import compute_dtype
 from stage.rollout import sampled_distribution, score_tokens, scored_distribution
 from stage.types import Metrics, Rollout, map_tensors
 

@@ -286,33 +286,6 @@ def _record(
     )
 
 
-def whole_groups(rollout: Rollout, ranks: Ranks) -> Rollout:
-    """The rollout with all samples of its groups where these span several processes; images stay those drawn here."""
-
-    def whole(part: Any) -> Any:
-        return (
-            ranks.whole_group(part)
-            if isinstance(part, Tensor)
-            else part and map_tensors(part, ranks.whole_group)
-        )
-
-    if ranks.sharing is None:
-        return rollout
-    parts = (
-        "tokens",
-        "codes",
-        "sampled_logps",
-        "scores",
-        "old",
-        "reference",
-        "plans",
-        "guidance_scale",
-        "temperature",
-    )
-    found: dict[str, Any] = {name: whole(getattr(rollout, name)) for name in parts}
-    return replace(rollout, **found)
-
-
 def look_back(
     policy: Any,
     parts: Parts,

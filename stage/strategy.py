@@ -206,12 +206,3 @@ def versions() -> dict[str, str]:
         "lightning": lightning.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def check_processes(ranks: Ranks, objective: Any) -> None:
-    """Raise ValueError for what several processes cannot do."""
-    if ranks.world > 1 and objective.resampling_rounds:
-        raise ValueError(
-            f"groups of equal rewards are replaced in one process alone; got {ranks.world} processes and "
-            f"algorithm.resampling_rounds={objective.resampling_rounds}. Set it to 0, or strategy=single."
-        )

@@ -220,6 +220,17 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class ComparesGroup(Protocol):
+    """A scorer that says whether its value of an image depends on the others of the prompt.
+
+    One with `compares_group` is always given whole groups, also where a group's samples are on several processes.
+    """
+
+    @property
+    def compares_group(self) -> bool: ...
+
+
+@runtime_checkable
 class ChecksPrompts(Protocol):
     """A scorer that can say which prompts it could never score; asked before the first image is drawn.
 

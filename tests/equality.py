@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from stage.data import PromptStream
+from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.lora import add_lora
 from stage.policy.sampler import Sampler
-from stage.types import PromptTokens, Samples
-from tests.tiny_training import PROMPTS, Redness, objective, tiny_module, tiny_policy, tiny_trainer
+from stage.policy.template import Template
+from stage.types import Prompt, PromptTokens, Samples, Scores
+from tests.tiny_training import (
+    FROZEN,
+    PROMPTS,
+    ROOT,
+    Redness,
+    objective,
+    tiny_module,
+    tiny_policy,
+    tiny_trainer,
+)
 
 UPDATES = 3
+MANY = tuple(Prompt(number, f"a {word} circle") for number, word in enumerate(["red", "blue", "green"] * 4))
 
 
 @dataclass(frozen=True)
@@ -33,9 +46,18 @@ class Case:
     prompts: int = 4
     recorded: bool = True
     updates: int = UPDATES
+    rounds: int = 0
+    compared: bool = False
+    plans: bool = False
+    slot: str | None = None  # a file of conf/algorithm
+    beside: bool = False
+    reweighted: bool = False
 
     def __str__(self) -> str:
         words = [self.algorithm, "lora" if self.lora else "full", self.dtype, f"p{self.prompts}"]
+        words += [f"r{self.rounds}"] if self.rounds else []
+        words += [self.slot.split("/")[-1]] if self.slot else []
+        words += [name for name in ("compared", "plans", "beside", "reweighted") if getattr(self, name)]
         return "-".join([*words, *([f"m{self.micro_batch}"] if self.micro_batch else [])])
 
 
@@ -52,16 +74,36 @@ class Recorded:
         """Nothing is held."""
 
 
+class Apart(Redness):
+    """How far an image's red is from the mean of its group."""
+
+    compares_group = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        found = super().__call__(images, prompts)
+        return replace(found, parts=(found.parts - found.parts.mean(1, keepdim=True)).abs())
+
+
+class Picky(Redness):
+    """Finds no difference between the images of most prompts."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        found = super().__call__(images, prompts)
+        differ = torch.tensor([prompt.id % 3 == 0 for prompt in prompts])
+        return replace(found, parts=found.parts * differ[:, None, None])
+
+
 class Steps(Callback):
     """What each optimizer step was made of."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.gradients: list[dict[str, Tensor]] = []
-        self.tokens: list[Tensor] = []
+        self.tokens: list[dict[int, Tensor]] = []
 
     def on_rollout(self, module: Any, rollout: Any) -> dict[str, float]:
-        self.tokens.append(rollout.tokens.clone())
+        drawn = zip(rollout.prompts, rollout.tokens, strict=True)
+        self.tokens.append({prompt.id: tokens.clone() for prompt, tokens in drawn})
         return {}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -73,6 +115,32 @@ class Steps(Callback):
         self.rows.append(rows)
 
 
+def planner(base: Path) -> JanusPolicy:
+    """A policy that plans; with several end tokens, so that the plans of random weights have many lengths."""
+    policy = load_policy(
+        str(base), Template("asking", "", "", "a photo of {prompt} :"), "float32", FROZEN, False
+    )
+    policy.model.generation_config.eos_token_id = [2, 9, 12, 17, 20, 23]
+    return policy
+
+
+def changes_of(case: Case) -> dict[str, Any]:
+    """What differs from conf/algorithm of a case."""
+    changes: dict[str, Any] = {"micro_batch": case.micro_batch, "resampling_rounds": case.rounds}
+    if case.reweighted:
+        changes |= {"reweight_advantage": True, "reweight_kl": True}
+    if case.slot is not None:
+        changes[case.slot.split("/")[0]] = OmegaConf.load(ROOT / "conf" / "algorithm" / f"{case.slot}.yaml")
+    return changes
+
+
+def sampler_of(case: Case) -> Any:
+    """What draws the samples of a case."""
+    if case.recorded:
+        return Recorded()
+    return Sampler(1.0, 1.0, "text", 0.5, 6, 1.2) if case.plans else Sampler(1.0, 1.0)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, or all of one that is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -81,7 +149,8 @@ def whole(tensor: Tensor) -> Tensor:
 def module_of(case: Case, base: Path) -> Any:
     """The module of a case."""
     torch.manual_seed(0)  # of the adapters
-    policy = tiny_policy(base).to(getattr(torch, case.dtype))
+    policy = planner(base) if case.plans else tiny_policy(base)
+    policy.to(getattr(torch, case.dtype))
     if case.lora:
         add_lora(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
         policy.to(getattr(torch, case.dtype))
@@ -92,19 +161,20 @@ def module_of(case: Case, base: Path) -> Any:
     return tiny_module(
         base,
         policy=policy,
-        sampler=Recorded() if case.recorded else Sampler(1.0, 1.0),
-        scorer=Redness(),
-        objective=objective(case.algorithm, micro_batch=case.micro_batch),
-        prompts=PromptStream(PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
+        sampler=sampler_of(case),
+        scorer=Apart() if case.compared else Picky() if case.rounds else Redness(),
+        objective=objective(case.algorithm, **changes_of(case)),
+        prompts=PromptStream(MANY if case.rounds else PROMPTS[:4], prompts_per_update=case.prompts, seed=0),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         updates=case.updates,
+        reward_beside_reference=case.beside,
     )
 
 
 def fit_case(
     case: Case, base: Path, folder: Path, strategy: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Metrics, gradients and tokens of each update, and the trained weights after the last."""
+    """Metrics, gradients and tokens of each update, these by prompt, and the trained weights after the last."""
     module, steps = module_of(case, base), Steps()
     changes = (
         {} if strategy is None else {"strategy": dict(strategy), "devices": int(os.environ["WORLD_SIZE"])}

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from stage.data import PromptStream
-from stage.drawn import Drawn
 from stage.group_draws import Stopwatch, check_resampling
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
 from stage.rollout import Collected, collect
-from stage.types import Prompt, Samples, Scores
+from stage.types import Prompt, Scores
 from tests.tiny_training import objective, tiny_base, tiny_policy
 
 PLAIN = Sampler(guidance_scale=1.0, temperature=1.0)
@@ -25,37 +24,6 @@ PROMPTS = tuple(
 SPARES = tuple(
     Prompt(id=200 + index, text=f"a {word} circle") for index, word in enumerate(["red", "blue", "green"])
 )
-
-
-def drawn(rewards: Sequence[Sequence[float]], first: int = 0) -> Drawn:
-    parts = torch.tensor(rewards)[..., None]
-    groups, group = parts.shape[:2]
-    marks = torch.arange(first, first + groups).view(-1, 1, 1).expand(-1, group, 2)
-    return Drawn(
-        prompts=tuple(Prompt(id=first + index, text=str(first + index)) for index in range(groups)),
-        samples=Samples(tokens=marks, logps=marks.float()),
-        images=marks[..., None, None].expand(-1, -1, -1, 2, 3),
-        codes=marks[..., None].float(),
-        scores=Scores(parts, ("r",), (1.0,), tuple((str(first + index),) * group for index in range(groups))),
-    )
-
-
-def test_informative_groups_come_first_and_the_number_stays() -> None:
-    # 0 and 2 are equal inside; of the others 11 and 12 are informative, and there is room for two
-    mine = drawn([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
-    others = drawn([[0.0, 0.0], [0.2, 0.4], [1.0, 0.0]], first=10)
-    found = mine.refilled(others, update=0)
-    assert [prompt.id for prompt in found.prompts] == [1, 11, 12]
-    for tensor in (found.samples.tokens, found.samples.logps, found.images, found.codes):
-        assert tensor.flatten(1)[:, 0].tolist() == [1, 11, 12]
-    assert found.scores.parts[..., 0].tolist() == [[0.0, 1.0], pytest.approx([0.2, 0.4]), [1.0, 0.0]]
-    assert found.scores.reasons == (("1", "1"), ("11", "11"), ("12", "12"))
-
-
-def test_what_is_missing_is_filled_with_what_was_there() -> None:
-    mine = drawn([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
-    found = mine.refilled(drawn([[0.0, 0.0]], first=10), update=0)
-    assert [prompt.id for prompt in found.prompts] == [1, 0, 2]
 
 
 class Wide:

@@ -401,7 +401,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(
 
 
 def test_finite_values_pass() -> None:
-    check_finite(torch.tensor(1.0), "loss", 0)
+    check_finite(1.0, "loss", 0)
 
 
 def test_mixed_precision_does_not_reuse_weights_that_were_cast_before(base: Path, tmp_path: Path) -> None:

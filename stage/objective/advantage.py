@@ -47,8 +47,9 @@ def gated_parts(scores: Scores) -> Tensor:
 
 def weighted_parts(scores: Scores) -> Tensor:
     """`[P, G, R]` float64: `gated_parts` times their weights, in the unit of the reward."""
-    parts = gated_parts(scores)
-    return parts * parts.new_tensor(scores.weights)
+    columns = gated_parts(scores).unbind(dim=-1)
+    # Weights are numbers of the host: a tensor of them would make it wait for the device.
+    return torch.stack([part * weight for part, weight in zip(columns, scores.weights, strict=True)], dim=-1)
 
 
 def task_rewards(scores: Scores) -> Tensor:

@@ -1,8 +1,9 @@
 """What the sum over the samples and tokens of a group is divided by.
 
 A slot for `Objective.aggregation` is called with keywords `weights` (`[P, G, L]` or None) and `like`
-(`[P, G, L]`, whose shape, dtype and device count) and returns `[P]`. It sees the whole batch of a rank, once
-a rollout, before the batch is cut into micro-batches: that is why cutting does not change the loss.
+(`[P, G, L]`, whose shape, dtype and device count) and returns `[P]`. It sees the whole batch of a rank, or with a true
+`compares_batch` of all ranks, once a rollout, before the batch is cut into micro-batches: that is why cutting does not
+change the loss.
 
 All images have the same number of tokens, so without weights the means below are one and the same; with weights
 of tokens they part.
@@ -41,11 +42,13 @@ class BatchMean:
 
     Every token of weight 1 counts the same, whatever its group: `sum_pit w x / sum_pit w` is the mean over P groups of
     `sum_it w x / d` with `d = mean over groups of sum_it w`. DAPO (arXiv 2503.14476), eq. 8, divides by the tokens of
-    a group and verl's `token-mean` by those of the batch, as here; the batch is that of a rank.
+    a group and verl's `token-mean` by those of the batch, as here; the batch is that of all ranks.
 
     Args:
         epsilon: added to a sum of weights.
     """
+
+    compares_batch = True
 
     def __init__(self, *, epsilon: float) -> None:
         self.epsilon = epsilon

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from stage.types import Rollout, TokenScores, map_tensors
 
+Batch = tuple[
+    Rollout, slice
+]  # the groups of all processes, as far as advantages need them, and which are one's own
+
 
 @dataclass(frozen=True)
 class PlanCredit:
@@ -41,6 +45,10 @@ class PlanCredit:
             total=mask.sum(),
             weight=rollout.plan_weight,
         )
+
+    def counted_as(self, total: float) -> PlanCredit:
+        """The same with another number of tokens, by which metrics are divided and no loss."""
+        return replace(self, total=torch.full_like(self.total, total))
 
     def micro_batch(self, prompts: slice, samples: slice) -> PlanCredit:
         """The part of some prompts and some samples, with the divisors of the whole rollout."""

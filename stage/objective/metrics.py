@@ -17,8 +17,10 @@ def is_maximum(name: str) -> bool:
     return name.endswith(("/max", "_max"))
 
 
-def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> Metrics:
-    """Metrics of a whole update from those that `loss` returned for its micro-batches.
+def merge_metrics(
+    parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor] | None = None
+) -> Metrics:
+    """Metrics of a whole update from those that `loss` returned for its micro-batches, and `whole` ones as they are.
 
     Contributions add up; the largest counts where `is_maximum` says so. It is the one device sync of these
     metrics. Raises ValueError without parts.
@@ -31,7 +33,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> Metrics:
     for name in parts[0]:
         values = torch.stack([part[name] for part in parts])
         merged[name] = values.amax() if is_maximum(name) else values.sum()
-    return to_floats(merged)
+    return to_floats(merged | dict(whole or {}))
 
 
 def to_floats(metrics: Mapping[str, Tensor]) -> Metrics:

@@ -87,8 +87,9 @@ class Objective:
     Any callable that takes its keywords fits a slot; one with a method `check(switches)` gets all switches
     above as a mapping when the objective is built and raises ValueError where it cannot work with them. An advantage
     with a method `at(update)` is asked for the one of each rollout. A slot with a true `needs_reference` makes rollouts
-    hold reference scores, and token weights with `features` name the method of the policy that gives their `codes`. A
-    divergence with `compared` has tokens scored with it, see distributions.py.
+    hold reference scores, one with a true `compares_batch` sees the groups of all processes, and token weights with
+    `features` name the method of the policy that gives their `codes`. A divergence with `compared` has tokens scored
+    with it, see distributions.py.
 
     Raises:
         ValueError: a switch out of range, or a slot that cannot be called as above or work with the switches.
@@ -151,6 +152,13 @@ class Objective:
             or self.entropy_coefficient != 0
             or any(getattr(slot, "needs_reference", False) for slot in slots)
         )
+
+    @property
+    def compares_batch(self) -> bool:
+        """Whether the credit of a group depends on the others of an update, so that it is that of all of them."""
+        weighed = self.reweight_advantage or self.reweight_kl or self.critical_tokens is not None
+        slots = (self.advantage, *((self.token_weights, self.aggregation) if weighed else ()))
+        return any(getattr(slot, "compares_batch", False) for slot in slots)
 
     @property
     def features(self) -> str:

@@ -95,13 +95,14 @@ class DecoupledAdvantage:
 
     Departures:
     1. The mean over the batch is not subtracted: each group is centred, so it is 0 up to rounding.
-    2. The batch is that of a rank.
-    3. The entropy reward, where it is on, is added to the sum before the division. In a tied group it is alone, and
+    2. The entropy reward, where it is on, is added to the sum before the division. In a tied group it is alone, and
        `tied_groups` says what happens: `raw` leaves it undivided, `normalise` divides by its std in the group.
 
     Args:
         epsilon: added to the std of a part, in its unit, and to the std over the batch.
     """
+
+    compares_batch = True
 
     def __init__(self, *, epsilon: float) -> None:
         self.epsilon = epsilon

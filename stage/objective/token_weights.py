@@ -53,9 +53,11 @@ class AcrossPrompts:
     """STAGE's weights with opponents from all prompts of the batch: every sample of the opposite advantage.
 
     The published code does this when a rank holds several prompts: its mask `A_i A_j <= 0` runs over all samples of
-    the rank (krennic999/STAGE, grpo_trainer.py, `cos_sim_mask`), where the paper's is that of a group. The batch is
-    that of a rank. Baselines and divisors stay those of a group.
+    the rank (krennic999/STAGE, grpo_trainer.py, `cos_sim_mask`), where the paper's is that of a group. Here it is that
+    of all ranks. Baselines and divisors stay those of a group.
     """
+
+    compares_batch = True
 
     def __call__(self, *, advantages: Tensor, kept: Tensor, codes: Tensor) -> TokenWeights:
         """Weights from advantages `[P, G]` and code vectors `[P, G, L, C]`; `kept` `[P]` plays no part."""

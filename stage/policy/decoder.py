@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaModel
 
@@ -188,13 +188,31 @@ class Prefill:
         return rotate(turned, cos, sin), values
 
 
+def compute_dtype(policy: JanusPolicy) -> torch.dtype:
+    """The type that scoring computes in: that of autocast where it is on, else that of the weights."""
+    device = policy.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    weight: Tensor = policy.language_model.norm.weight
+    return weight.dtype
+
+
 def image_logits(policy: JanusPolicy, hidden: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Guided logits of hidden states, in their type; see `JanusPolicy.image_logits`."""
-    weight: Tensor = next(policy.model.model.generation_head.parameters())
-    # Where weights are kept in a wider type than the sampler computes in, autocast narrows those of the head.
-    wider = weight.dtype != hidden.dtype
-    with torch.autocast(hidden.device.type, hidden.dtype, enabled=wider, cache_enabled=False):
+    with _in_type_of(hidden, policy.model.model.generation_head):
         return policy.image_logits(hidden, guidance_scale)
+
+
+def text_logits(policy: JanusPolicy, hidden: Tensor) -> Tensor:
+    """Logits over the text vocabulary `[..., W]` of hidden states `[..., D]`, in their type."""
+    with _in_type_of(hidden, policy.model.lm_head):
+        return policy.text_logits(hidden)
+
+
+def _in_type_of(hidden: Tensor, head: nn.Module) -> torch.autocast:
+    """Where weights are kept in a wider type than the sampler computes in, autocast narrows those of the head."""
+    wider = next(head.parameters()).dtype != hidden.dtype
+    return torch.autocast(hidden.device.type, hidden.dtype, enabled=wider, cache_enabled=False)
 
 
 class CachedDecoder:

@@ -99,12 +99,3 @@ class Gathered:
             yield self.policy
         finally:
             self._drawing -= 1
-
-
-def check_sharded(reasoning: bool) -> None:
-    """Raise ValueError for what a sharded policy cannot do."""
-    if reasoning:
-        raise ValueError(
-            "plans are written by the whole model, not by gathered weights; got sampler.reasoning=text with "
-            "strategy=fsdp. Set strategy=ddp, with model/adapter=lora where all weights do not fit"
-        )

@@ -194,7 +194,7 @@ class JanusPolicy(nn.Module):
                 "Use a tokenizer that adds nothing after the text."
             )
         unconditional = ids.masked_fill((ids != self.bos_token_id) & (ids != start), self.pad_token_id)
-        return PromptTokens(*(part.to(self.device) for part in (ids, unconditional, mask)))
+        return PromptTokens(*(part.to(self.device, non_blocking=True) for part in (ids, unconditional, mask)))
 
     def position_ids(self, mask: Tensor) -> Tensor:
         """Positions `[R, S]` of rows with a mask `[R, S]`, as the template's padding counts them."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from stage.policy.decoder import CachedDecoder, compute_dtype, find_prefixes, text_logits
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
 from stage.policy.padding import LeftPadding
+from stage.policy.rollout_weights import VisitingWeights, rollout_weights
 from stage.types import Plans, PromptTokens, map_tensors
 
 
@@ -86,21 +87,10 @@ def draw_plans(policy: JanusPolicy, prompt: PromptTokens, uniforms: Tensor, temp
 
     Raises FloatingPointError if the text logits are not finite.
     """
-    draws = uniforms.flatten(0, 1).to(policy.device)
-    tokens = torch.full(draws.shape, policy.pad_token_id, device=policy.device)
-    seen = torch.zeros_like(tokens)
-    logps = torch.zeros(draws.shape, device=policy.device)
-    ends = torch.tensor(end_tokens(policy), device=policy.device)
-    writer = _Writer(policy, prompt, uniforms.shape[1])
-    going = torch.ones(len(draws), dtype=torch.bool, device=policy.device)
-    for step in range(draws.shape[1]):
-        token, logp = inverse_cdf(writer.logits().float(), draws[:, step], temperature)
-        tokens[going, step], logps[going, step] = token[going], logp[going]
-        seen[:, step] = going
-        going = going & ~torch.isin(token, ends)
-        if not going.any() or step + 1 == draws.shape[1]:
-            break
-        writer.append(tokens[:, step], seen[:, step])
+    draws = uniforms.flatten(0, 1).to(policy.device, non_blocking=True)
+    dtype = compute_dtype(policy)
+    with torch.autocast(policy.device.type, enabled=False):
+        tokens, seen, logps = _write(policy, prompt, draws, uniforms.shape[1], temperature, dtype)
     if not logps.isfinite().all():
         raise FloatingPointError(
             "planning needs finite text logits; they were not. The policy has diverged or its dtype is too narrow: go "
@@ -109,31 +99,36 @@ def draw_plans(policy: JanusPolicy, prompt: PromptTokens, uniforms: Tensor, temp
     return Plans(*(part.view(uniforms.shape) for part in (tokens, seen, logps)))
 
 
-class _Writer:
-    """Prompts and the words after them, run over a growing cache; `[P, T]` prompts become `P * G` rows."""
-
-    def __init__(self, policy: JanusPolicy, prompt: PromptTokens, group: int) -> None:
-        self.policy, self.mask = policy, prompt.mask
-        self.cache = DynamicCache(config=policy.language_model.config)
-        hidden = self._run(prompt.ids, policy.position_ids(prompt.mask))
-        self.cache.batch_repeat_interleave(group)
-        self.mask = prompt.mask.repeat_interleave(group, 0)
-        self.hidden = hidden.repeat_interleave(group, 0)
-
-    def logits(self) -> Tensor:
-        """Of the next word of every row, `[P * G, W]`."""
-        return self.policy.text_logits(self.hidden)
-
-    def append(self, tokens: Tensor, real: Tensor) -> None:
-        """One more token `[P * G]` a row; where `real` is 0 the plan has ended and nothing sees what is run there."""
-        self.mask = torch.cat([self.mask, real.unsqueeze(1)], dim=1)
-        self.hidden = self._run(tokens.unsqueeze(1), self.policy.position_ids(self.mask)[:, -1:])
-
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.policy.language_model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+def _write(
+    policy: JanusPolicy,
+    prompt: PromptTokens,
+    draws: Tensor,
+    group: int,
+    temperature: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and log-probabilities of plans for uniforms `[P * G, R]`, `group` of them a prompt."""
+    tokens = torch.full(draws.shape, policy.pad_token_id, device=policy.device)
+    seen, logps = torch.zeros_like(tokens), torch.zeros(draws.shape, device=policy.device)
+    ends = torch.tensor(end_tokens(policy), device=policy.device)
+    going = torch.ones(len(draws), dtype=torch.bool, device=policy.device)
+    embed = policy.model.get_input_embeddings()
+    prefixes = find_prefixes(
+        prompt.ids, embed(prompt.ids), prompt.mask, policy.position_ids, group, draws.shape[1] - 1
+    )
+    weights = rollout_weights(policy, dtype)
+    # Weights that are gathered whenever they are read want every process in step, and others have longer plans.
+    stops = not isinstance(weights, VisitingWeights)
+    decoder = CachedDecoder(policy.language_model, weights, prefixes)
+    hidden = decoder.start()
+    for step in range(draws.shape[1]):
+        if step > 0:  # what stands behind the end of a plan is run too, and nobody looks at it
+            hidden = decoder.step(embed(tokens[:, step - 1]).to(dtype))
+        token, logp = inverse_cdf(text_logits(policy, hidden).float(), draws[:, step], temperature)
+        tokens[:, step] = torch.where(going, token, policy.pad_token_id)
+        logps[:, step] = logp.masked_fill(~going, 0.0)
+        seen[:, step] = going
+        going = going & ~torch.isin(token, ends)
+        if stops and not going.any():
+            break
+    return tokens, seen, logps

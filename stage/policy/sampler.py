@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage.policy.decoder import CachedDecoder, Prefixes, find_prefixes, image_logits
+from stage.policy.decoder import CachedDecoder, Prefixes, compute_dtype, find_prefixes, image_logits
 from stage.policy.draws import inverse_cdf
 from stage.policy.janus import JanusPolicy
 from stage.policy.rollout_weights import VisitingWeights, rollout_weights
@@ -129,7 +129,7 @@ class Sampler:
                 self.temperature if temperature is None else _row_each(temperature, policy.device),
             )
             prefixes = self._prefixes(policy, prompt, group, length, setting)
-            draws = uniforms.to(policy.device).flatten(0, 1)
+            draws = uniforms.to(policy.device, non_blocking=True).flatten(0, 1)
             tokens, logps = self._decoder(policy, dtype, setting)(policy, prefixes, draws, dtype, setting)
         _check_finite(logps)
         return Samples(tokens.view(uniforms.shape), logps.view(uniforms.shape))
@@ -204,16 +204,7 @@ class Sampler:
 
 
 def _row_each(values: Tensor, device: torch.device) -> Tensor:
-    return values.to(device, torch.float32).flatten()
-
-
-def compute_dtype(policy: JanusPolicy) -> torch.dtype:
-    """The type that scoring computes in: that of autocast where it is on, else that of the weights."""
-    device = policy.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    weight: Tensor = policy.language_model.norm.weight
-    return weight.dtype
+    return values.to(device, torch.float32, non_blocking=True).flatten()
 
 
 def _has_graphs(policy: JanusPolicy) -> bool:

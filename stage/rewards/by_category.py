@@ -37,6 +37,11 @@ class ByCategory:
         """What results record of each scorer that has weights, by its name."""
         return members.provenance(self.scorers)
 
+    @property
+    def compares_group(self) -> bool:
+        """Whether one of the scorers compares the images of a prompt."""
+        return any(members.compares_group(scorer) for scorer in self.scorers.values())
+
     def self_check(self) -> None:
         """Raises ValueError where one of the scorers does not know its answers, with the scorer's name."""
         members.self_check(self.scorers)

@@ -80,6 +80,11 @@ class Combine:
         """What results record of each scorer that has weights, by its name."""
         return members.provenance(self.scorers)
 
+    @property
+    def compares_group(self) -> bool:
+        """Whether one of the scorers compares the images of a prompt."""
+        return any(members.compares_group(scorer) for scorer in self.scorers.values())
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt that one of the scorers cannot score, with the scorer's name."""
         for name, scorer in self.scorers.items():

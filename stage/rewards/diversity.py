@@ -23,6 +23,8 @@ class DiversityReward:
         device, dtype, batch_size: see `stage.rewards.tower.Tower`.
     """
 
+    compares_group = True
+
     def __init__(
         self, path: str, revision: str | None, architecture: str, device: str, dtype: str, batch_size: int
     ) -> None:

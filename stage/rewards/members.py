@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stage.provenance import weights_of
-from stage.types import ChecksItself, ChecksPrompts, Prompt, Scorer
+from stage.types import ChecksItself, ChecksPrompts, ComparesGroup, Prompt, Scorer
 
 
 def provenance(scorers: Mapping[str, Scorer]) -> dict[str, Any]:
     """What results record of each scorer that has weights, by its name."""
     found = {name: weights_of(scorer) for name, scorer in scorers.items()}
     return {name: record for name, record in found.items() if record}
+
+
+def compares_group(scorer: Scorer) -> bool:
+    """Whether the scorer's value of an image depends on the others of the prompt."""
+    return isinstance(scorer, ComparesGroup) and scorer.compares_group
 
 
 def self_check(scorers: Mapping[str, Scorer]) -> None:

@@ -45,7 +45,7 @@ class RemoteReward:
         timeout_seconds: for one answer; connect_seconds: to reach a server.
         attempts: tries of one request in all.
         backoff_seconds, max_backoff_seconds: the first and the longest pause between tries.
-        images_per_request: at most; at least one prompt with one image.
+        images_per_request: at most; at least one prompt with one image, and all of its images where they are compared.
         requests_in_flight: at a time.
 
     Raises:
@@ -86,6 +86,7 @@ class RemoteReward:
         self._lock = threading.Lock()
         self.scorer = scorer
         self.provenance: dict[str, Any] = {}
+        self.compares_group = False
         self._meet()
 
     def _meet(self) -> None:
@@ -109,6 +110,7 @@ class RemoteReward:
                 "with the same configuration and weights."
             )
         self.scorer = abouts[0].scorer
+        self.compares_group = abouts[0].compares_group
         self.provenance = {"scorer": self.scorer, "reward": abouts[0].reward, **abouts[0].provenance}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -122,10 +124,13 @@ class RemoteReward:
 
         Raises ConnectionError when every attempt failed, ValueError for a request or an answer that is wrong.
         """
+        # All at once and at once: beside a reference on the same device, later copies would wait for its kernels.
+        shown = images.cpu()
+        each = images.shape[1] if self.compares_group else self.images_per_request
         pieces = [
-            (prompts[row : row + 1], images[row : row + 1, start : start + self.images_per_request])
+            (prompts[row : row + 1], shown[row : row + 1, start : start + each])
             for row in range(len(prompts))
-            for start in range(0, images.shape[1], self.images_per_request)
+            for start in range(0, images.shape[1], each)
         ]
         with ThreadPoolExecutor(self.requests_in_flight) as pool:
             found = list(pool.map(lambda piece: self._score(*piece), pieces))
@@ -143,7 +148,7 @@ class RemoteReward:
         return Scores(parts.to(images.device), first.names, first.weights, tuple(reasons), first.ranges)
 
     def _score(self, prompts: Sequence[Prompt], images: Tensor) -> Scores:
-        pictures = images[0].cpu().numpy()
+        pictures = images[0].numpy()
         body = ScoreRequest(
             version=VERSION,
             prompts=from_prompts(prompts),

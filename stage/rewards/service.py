@@ -21,6 +21,7 @@ from limits.strategies import FixedWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from stage.provenance import weights_of
+from stage.rewards import members
 from stage.rewards.batcher import Batcher, Overloaded
 from stage.rewards.wire import (
     VERSION,
@@ -262,8 +263,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/about", responses={401: errors[401]})
     def about() -> About:
-        found = weights_of(service.scorer)
-        return About(version=VERSION, scorer=service.identity, reward=service.reward, provenance=found)
+        return About(
+            version=VERSION,
+            scorer=service.identity,
+            reward=service.reward,
+            provenance=weights_of(service.scorer),
+            compares_group=members.compares_group(service.scorer),
+        )
 
     @app.post("/v1/check", responses=errors)
     def check(body: CheckRequest) -> Checked:

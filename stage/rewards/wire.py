@@ -65,11 +65,15 @@ class Checked(Message):
 
 
 class About(Message):
-    """`scorer` is a sha256 over the scorer's configuration and the weights it names."""
+    """`scorer` is a sha256 over the scorer's configuration and the weights it names.
+
+    Where `compares_group` is true every request must have all images of its prompts.
+    """
 
     scorer: str
     reward: str
     provenance: dict[str, Any]
+    compares_group: bool = False
 
 
 class ScoreAnswer(Message):

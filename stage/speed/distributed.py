@@ -4,8 +4,9 @@
     python -m stage.speed.distributed --overhead --size 1b --output FILE      # the wrappers, one process
     python -m stage.speed.distributed --table --output FILE                   # all that FILE holds
 
-Every run appends to FILE (JSON); the table has seconds an update, shares, memory, and weak scaling: images a second and
-process against the run of one process that is otherwise the same.
+Every run appends to FILE (JSON); the table has seconds an update, processor time of a process, shares, memory, and weak
+scaling: images a second and process against the run of one process that is otherwise the same. `--size shipped` is the
+tiny Janus of the package. `stage.speed.scaling` measures two processes against one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import gc
 import json
 import logging
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +34,7 @@ from stage.policy.lora import add_lora
 from stage.policy.sampler import Sampler
 from stage.processes import started
 from stage.speed.machine import describe
-from stage.speed.models import LANGUAGE, build_policy, speed_prompts
+from stage.speed.models import LANGUAGE, SHIPPED, build_policy, shipped_prompts, speed_prompts
 from stage.speed.rollout import GUIDANCE
 from stage.speed.training import ADAM, FROZEN, LORA, brightness, stage_objective
 from stage.strategy import Replicated, Sharded
@@ -66,15 +68,18 @@ class Rows(Callback):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self._started = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._started = time.process_time()
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.rows.append(dict(pl_module.latest) | reserved(pl_module.device))
+        used = {"time/processor": time.process_time() - self._started}
+        self.rows.append(pl_module.latest | reserved(pl_module.device) | used)
         if trainer.is_global_zero:
             row = pl_module.latest
             print(
@@ -82,6 +87,12 @@ class Rows(Callback):
                 f"{row['policy/gradient_norm']:.6g}",
                 flush=True,
             )
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The processor time of an update is the mean over the processes."""
+        everywhere = pl_module.ranks.gathered([row["time/processor"] for row in self.rows])
+        for row, found in zip(self.rows, zip(*everywhere, strict=True), strict=True):
+            row["time/processor"] = sum(found) / len(found)
 
 
 def reserved(device: torch.device) -> dict[str, float]:
@@ -109,7 +120,8 @@ def module_of(run: Run, device: torch.device) -> StageModule:
     policy.enable_gradient_checkpointing()
     masters = run.kind == "full" and run.strategy != "fsdp"
     adam: Any = partial(MasterAdamW, **ADAM) if masters else partial(torch.optim.AdamW, fused=True, **ADAM)
-    prompts = tuple(Prompt(number, text) for number, text in enumerate(speed_prompts(PROMPTS)))
+    texts = shipped_prompts(PROMPTS) if run.size == SHIPPED else speed_prompts(PROMPTS)
+    prompts = tuple(Prompt(number, text) for number, text in enumerate(texts))
     return StageModule(
         policy=policy,
         sampler=Sampler(GUIDANCE, 1.0),
@@ -163,6 +175,7 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     shares = {f"{name}_share": middle.get(f"time/{name}_share", 0.0) for name in SHARES}
     return {
         "seconds": middle["time/total"],
+        "processor_seconds": middle["time/processor"],
         "images_per_second": middle["time/images_per_second"],
         **shares,
         "peak_gib": max(row["time/peak_memory_bytes"] for row in measured) / 2**30,
@@ -193,6 +206,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "prompts",
         "group",
         "seconds",
+        "processor_seconds",
         "images_per_second",
     ]
     columns += [*(f"{name}_share" for name in SHARES), "peak_gib", "reserved_gib"]
@@ -202,6 +216,20 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         # Results of earlier days know nothing of later columns.
         lines.append([*(short(row.get(name)) for name in columns), short(efficiency), *map(short, gaps)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def overhead(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What ddp and fsdp cost beside single, in seconds of an update and of processor time, median of their runs."""
+    kinds = ("seconds", "processor_seconds")
+
+    def middle(strategy: str, kind: str) -> float:
+        return median(row[kind] for row in runs if row["strategy"] == strategy)
+
+    lines = []
+    for strategy in STRATEGIES[1:]:
+        clock, processor = (middle(strategy, kind) / middle("single", kind) - 1 for kind in kinds)
+        lines.append(f"{strategy}: {clock:+.1%} by the clock, {processor:+.1%} of processor time")
+    return "\n".join(lines)
 
 
 def scaling(row: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> float | None:
@@ -233,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m stage.speed.distributed", description=__doc__.split("\n")[0]
     )
-    made.add_argument("--size", choices=list(LANGUAGE), default="7b")
+    made.add_argument("--size", choices=[*LANGUAGE, SHIPPED], default="7b")
     made.add_argument("--layers", type=int, default=None, help="fewer layers than the size has")
     made.add_argument("--kind", choices=["full", "lora"], default="full")
     made.add_argument("--strategy", choices=STRATEGIES, default="fsdp")
@@ -246,7 +274,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--rollout", choices=["copy", "layers"], default="copy")
     made.add_argument("--offload", action="store_true", help="slices in CPU memory")
-    made.add_argument("--overhead", action="store_true", help="each strategy in turn, in one process, twice")
+    made.add_argument("--overhead", action="store_true", help="each strategy in turn, in one process")
+    made.add_argument("--turns", type=int, default=2, help="of --overhead")
     made.add_argument("--table", action="store_true", help="print what the file holds and stop")
     made.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu"
@@ -265,12 +294,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device = torch.device("cuda", processes.rank % processes.here)
             torch.cuda.set_device(device)
         total = options.all_prompts or options.prompts * processes.world
-        names = (*STRATEGIES, *STRATEGIES) if options.overhead else (options.strategy,)
+        names = STRATEGIES * options.turns if options.overhead else (options.strategy,)
+        runs = []
         for name in names:
             shape = (options.size, options.layers, options.kind, name, total, options.group, options.updates)
             found = measure(Run(*shape, options.seed, options.rollout, options.offload), device)
+            runs.append(found)
             if processes.rank == 0:
                 append(options.output, found, device)
+        if options.overhead:
+            print(overhead(runs), flush=True)
     if processes.rank == 0:
         print(table(json.loads(options.output.read_text(encoding="utf-8"))), flush=True)
 

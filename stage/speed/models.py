@@ -14,8 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stage.policy.janus import JanusPolicy
+from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.template import Template
+from stage.prompt_files import read_prompts
 
 # Language models of deepseek-ai/Janus-Pro-1B and -7B (config.json, language_config); `tiny` tries the path on a CPU.
 LANGUAGE: dict[str, dict[str, int]] = {
@@ -23,6 +24,11 @@ LANGUAGE: dict[str, dict[str, int]] = {
     "1b": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=5632),
     "7b": dict(hidden_size=4096, num_hidden_layers=30, num_attention_heads=32, intermediate_size=11008),
 }
+SHIPPED = "shipped"  # the trained tiny Janus of the package
+SHIPPED_PATH, SHIPPED_PROMPTS = (
+    "package://stage/shapes/assets/tiny_janus",
+    "package://stage/shapes/assets/train.jsonl",
+)
 TEXT_VOCABULARY = 102400
 PROMPT_TOKENS = 24  # of `speed_prompts`, bos and the image start token counted
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>")
@@ -34,6 +40,8 @@ def build_policy(
 ) -> JanusPolicy:
     """A Janus-Pro of `size` (`1b`, `7b` or `tiny`) with random weights, made on `device` in `dtype`.
 
+    `shipped` is the tiny one with its trained weights.
+
     `layers` of its language model are fewer than it has, None is all.
 
     Weights have transformers' initialisation, image embeddings unit variance: logits then have a standard deviation
@@ -41,6 +49,9 @@ def build_policy(
 
     Raises ValueError for another size.
     """
+    if size == SHIPPED:
+        name = str(dtype).removeprefix("torch.")
+        return load_policy(SHIPPED_PATH, Template("plain", "", ""), name, (), False).to(device)
     config: Any = model_config(size)
     config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
     torch.manual_seed(seed)
@@ -127,6 +138,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
             "eoi_token": SPECIAL[EOI],
         },
     )
+
+
+def shipped_prompts(count: int) -> list[str]:
+    """The first `count` prompts that the shipped model is trained on."""
+    return [prompt.text for prompt in read_prompts(SHIPPED_PROMPTS)[:count]]
 
 
 def speed_prompts(count: int) -> list[str]:

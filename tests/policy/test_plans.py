@@ -16,6 +16,7 @@ from stage.policy.drawing import Noise
 from stage.policy.janus import JanusPolicy, load_policy
 from stage.policy.padding import ReleasedPadding
 from stage.policy.plans import check_planner, draw_plans, end_tokens, plan_prompt, plan_texts
+from stage.policy.rollout_weights import VisitingWeights
 from stage.policy.sampler import Sampler, uniforms
 from stage.policy.template import Template
 from stage.types import Plans, Samples, map_tensors
@@ -328,12 +329,39 @@ def test_several_end_tokens(random_checkpoint: Path) -> None:
 def test_sampling_stops_when_every_plan_has_ended(
     policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A uniform number just below 1 is the last word; of an end token that is likely enough nothing comes after."""
-    runs = []
+    """Every word is an end here, so nothing comes after the first."""
     monkeypatch.setattr("stage.policy.plans.end_tokens", lambda _: tuple(range(40)))
-    policy.language_model.register_forward_pre_hook(lambda *_: runs.append(1))
+    runs = count_words(policy, monkeypatch)
     plans = draw_plans(policy, plan_prompt(policy, PROMPTS), noise(), 1.0)
     assert len(runs) == 1 and (plans.mask.sum(-1) == 1).all()
+
+
+def test_weights_that_are_gathered_when_read_are_read_to_the_longest_length(
+    policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may have a longer plan, and waits for this one at each of its words. The plans are the same."""
+    prompt, numbers = plan_prompt(policy, PROMPTS[:1]), noise(4)[:1]
+    ends = tuple(draw_plans(policy, prompt, numbers, 1.0).tokens[0, :, 1].tolist())
+    monkeypatch.setattr("stage.policy.plans.end_tokens", lambda _: ends)
+    expected = draw_plans(policy, prompt, numbers, 1.0)
+    monkeypatch.setattr(policy, "rollout_weights", VisitingWeights(policy.language_model, torch.float32))
+    runs = count_words(policy, monkeypatch)
+    found = draw_plans(policy, prompt, numbers, 1.0)
+    assert len(runs) == LONGEST and int(expected.mask.sum(-1).max()) < LONGEST
+    assert found.tokens.equal(expected.tokens) and found.mask.equal(expected.mask)
+    torch.testing.assert_close(found.logps, expected.logps)
+
+
+def count_words(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with every word that is drawn."""
+    runs, plain = list[int](), policy.text_logits
+
+    def counted(hidden: Tensor) -> Tensor:
+        runs.append(1)
+        return plain(hidden)
+
+    monkeypatch.setattr(policy, "text_logits", counted)
+    return runs
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stage.policy.decoder import find_prefixes, rope_table, rotate
+from stage.policy.decoder import compute_dtype, find_prefixes, rope_table, rotate
 from stage.policy.janus import JanusPolicy
 from stage.policy.lora import add_lora
 from stage.policy.rollout_weights import RolloutWeights
-from stage.policy.sampler import Sampler, compute_dtype, uniforms
+from stage.policy.sampler import Sampler, uniforms
 from tests.policy.conftest import PROMPTS, load
 from tests.policy.reference import tolerance
 from tests.policy.tiny_model import build_tiny_janus

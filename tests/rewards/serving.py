@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ class Brightness:
         reasons = tuple(tuple(f"{value:.3f}" for value in row) for row in bright.tolist())
         parts = torch.stack([bright.float(), length], dim=-1)
         return Scores(parts, ("bright", "length"), (1.0, 0.0), reasons, ((0.0, 1.0), (0.0, 1e6)))
+
+
+class Contrast(Brightness):
+    """`bright` is that of the image less the mean of its group."""
+
+    compares_group = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        found = super().__call__(images, prompts)
+        parts = found.parts.clone()
+        parts[..., 0] -= parts[..., 0].mean(1, keepdim=True)
+        return replace(found, parts=parts, ranges=((-1.0, 1.0), (0.0, 1e6)))
 
 
 def numbered_images(prompts: int, group: int, side: int = 8) -> Tensor:
@@ -123,8 +136,10 @@ def main() -> None:
     parser.add_argument("--errors", type=float, default=0.0)
     parser.add_argument("--stalls", type=float, default=0.0)
     parser.add_argument("--stall-seconds", type=float, default=0.0)
+    parser.add_argument("--contrast", action="store_true")
     asked = parser.parse_args()
-    app = build_app(service(Brightness(asked.folder / "scored.txt")))
+    scorer = Contrast if asked.contrast else Brightness
+    app = build_app(service(scorer(asked.folder / "scored.txt")))
     app.add_middleware(Faults, errors=asked.errors, stalls=asked.stalls, stall_seconds=asked.stall_seconds)
     uvicorn.run(app, host="127.0.0.1", port=asked.port, log_level="warning", access_log=False)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage.rewards.by_category import ByCategory
 from stage.rewards.combine import Combine
 from stage.score_checks import UnusableScores
 from stage.types import ChecksPrompts, Prompt, Scorer, Scores
@@ -106,6 +107,17 @@ def failing(images: Tensor, prompts: Sequence[Prompt]) -> Scores:
 def test_the_scorer_at_fault_is_named(scorer: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Combine({"a": ONE, "b": scorer}, {"a": 1.0, "b": 1.0})(IMAGES, PROMPTS)
+
+
+class Comparing(Fixed):
+    compares_group = True
+
+
+def test_one_scorer_that_compares_makes_the_combination_compare() -> None:
+    inner = Combine({"a": Comparing(0.0, ("r",), (1.0,))}, {"a": 1.0})
+    assert Combine({"one": ONE, "inner": inner}, {"one": 1.0, "inner": 1.0}).compares_group
+    assert ByCategory("tag", {"x": "inner"}, {"inner": inner}).compares_group
+    assert not Combine({"one": ONE, "two": TWO}, {"one": 1.0, "two": 1.0}).compares_group
 
 
 class Picky(Fixed):

@@ -19,7 +19,7 @@ import torch
 
 from stage.rewards.remote import RemoteReward
 from stage.types import Prompt
-from tests.rewards.serving import TOKEN, Brightness, numbered_images, some_prompts
+from tests.rewards.serving import TOKEN, Brightness, Contrast, numbered_images, some_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +85,15 @@ def test_remote_scores_are_local_scores(server: int) -> None:
     assert torch.equal(found.parts, expected.parts)
     assert (found.names, found.weights, found.ranges) == (expected.names, expected.weights, expected.ranges)
     assert found.reasons == expected.reasons
+
+
+def test_images_that_are_compared_stay_together(tmp_path: Path) -> None:
+    """4 samples a prompt, which requests of 3 would cut."""
+    images, prompts = numbered_images(5, 4), some_prompts(5)
+    with running(tmp_path, "--contrast") as port:
+        client = remote(port)
+        assert client.compares_group
+        torch.testing.assert_close(client(images, prompts).parts, Contrast()(images, prompts).parts)
 
 
 def test_what_the_servers_score_with_is_known(server: int) -> None:

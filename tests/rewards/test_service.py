@@ -163,6 +163,7 @@ def test_about_names_scorer_and_weights(client: TestClient) -> None:
         "scorer": "f" * 64,
         "reward": "brightness",
         "provenance": {"weights": "none"},
+        "compares_group": False,
     }
 
 
