@@ -14,9 +14,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from stage.checkpoint_folder import CheckpointFolder
 from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
-
-COPIES = 3  # checkpoints that exist at once: last, best, and the one being written
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,44 +40,50 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Keeps `last.ckpt`, from which a run resumes, and `best.ckpt`, which had the highest validation score.
+    """Keeps the last checkpoints, the newest as `last.ckpt`, and `best.ckpt`, which had the highest validation score.
 
     Lightning's ModelCheckpoint counts optimizer steps. What is left of it here is its place: Lightning calls
     checkpoint callbacks after all others, so a validation of the same update is known.
 
     Args:
-        folder: where the two files go.
-        every: updates between saves of last.ckpt; it is also saved after the last update, on a clean stop, and when
-            an update fails before it has moved a weight, as with a reward service that is gone.
+        folder: where they go.
+        every: updates between saves; it is also saved after the last update, after a validation that is the best, on a
+            clean stop, and when an update fails before it has moved a weight, as with a reward service that is gone.
+        keep: how many of the last checkpoints stay; more than one are also there as `update_N.ckpt`.
         monitor: metric of best.ckpt, higher is better.
     """
 
-    def __init__(self, *, folder: str, every: int, monitor: str) -> None:
-        if every < 1:
-            raise ValueError(f"callbacks.checkpoints.every must be at least 1 update; got {every}. Raise it.")
-        self.folder, self.every, self.monitor = Path(folder), every, monitor
+    def __init__(self, *, folder: str, every: int, keep: int, monitor: str) -> None:
+        for name, value, unit in (("every", every, "update"), ("keep", keep, "checkpoint")):
+            if value < 1:
+                raise ValueError(
+                    f"callbacks.checkpoints.{name} must be at least 1 {unit}; got {value}. Raise it."
+                )
+        self.folder, self.every, self.monitor = CheckpointFolder(Path(folder), keep), every, monitor
         self.best_score: float | None = None
         self.saved_update = -1
 
     @property
     def last(self) -> Path:
-        return self.folder / "last.ckpt"
+        return self.folder.last
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
-        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        self.folder = CheckpointFolder(
+            Path(trainer.strategy.broadcast(str(self.folder.path))), self.folder.keep
+        )
         with pl_module.ranks.together():
             if trainer.is_global_zero:
+                self.folder.prepare()
                 self._check_room(pl_module)
 
     def _check_room(self, pl_module: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = COPIES - len(list(self.folder.glob("*.ckpt")))
-        needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(self.folder).free
+        missing, folder = self.folder.most - self.folder.held(), self.folder.path
+        needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(
-                f"checkpoints need {needed / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB free; "
-                "make room, or set output=FOLDER on another disk"
+                f"checkpoints need {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free; make room, keep fewer "
+                "(callbacks.checkpoints.keep), or set output=FOLDER on another disk"
             )
 
     def on_train_batch_end(
@@ -88,23 +93,25 @@ class Checkpoints(Checkpoint):
         improved = score is not None and (self.best_score is None or score > self.best_score)
         if improved:
             self.best_score = score
-            self.save(trainer, pl_module, self.folder / "best.ckpt")
-        if pl_module.update % self.every == 0 or trainer.should_stop:  # the last update asks to stop, too
-            self.save(trainer, pl_module, self.last)
-            self.saved_update = pl_module.update
+        # The last update asks to stop, too.
+        if improved or pl_module.update % self.every == 0 or trainer.should_stop:
+            self.save(trainer, pl_module, best=improved)
 
-    def save(self, trainer: Trainer, pl_module: Any, path: Path) -> None:
+    def save(self, trainer: Trainer, pl_module: Any, *, best: bool) -> None:
         """Write a checkpoint, with the state of the optimizer; a full disk is an error of all processes."""
         # What Trainer.save_checkpoint does, but for its barrier, in which the others would wait for one that failed.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        place = Path(pl_module.ranks.gathered(str(self.folder.place(pl_module.update)))[0])
         with pl_module.ranks.together():
-            trainer.strategy.save_checkpoint(checkpoint, path)
+            trainer.strategy.save_checkpoint(checkpoint, place)
+            if trainer.is_global_zero:
+                self.folder.settle(place, pl_module.update, best=best)
+        self.saved_update = pl_module.update
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A stop asked for between two updates comes after the last chance to save."""
         if self.saved_update != pl_module.update:
-            self.save(trainer, pl_module, self.last)
-            self.saved_update = pl_module.update
+            self.save(trainer, pl_module, best=False)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the updates that were done before an error; resuming repeats the one that failed, bit for bit.
@@ -115,8 +122,7 @@ class Checkpoints(Checkpoint):
         known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
         if unsaved and pl_module.whole and isinstance(exception, Exception) and known:
-            self.save(trainer, pl_module, self.last)
-            self.saved_update = pl_module.update
+            self.save(trainer, pl_module, best=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score}

@@ -82,6 +82,7 @@ def checkpoints(folder: Path, **changes: Any) -> Checkpoints:
     arguments: dict[str, Any] = {
         "folder": str(folder / "checkpoints"),
         "every": 2,
+        "keep": 1,
         "monitor": "validation/strict",
     }
     return Checkpoints(**(arguments | changes))
