@@ -42,7 +42,7 @@ class CheckpointFolder:
         for left in self.path.glob(".*.ckpt.*"):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
-    def held(self) -> int:
+    def count(self) -> int:
         """Checkpoints that are there, each counted once whatever its names."""
         return len({(s.st_dev, s.st_ino) for s in (p.stat() for p in self.path.glob("*.ckpt") if p.exists())})
 

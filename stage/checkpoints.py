@@ -59,26 +59,29 @@ class Checkpoints(Checkpoint):
                 raise ValueError(
                     f"callbacks.checkpoints.{name} must be at least 1 {unit}; got {value}. Raise it."
                 )
-        self.folder, self.every, self.monitor = CheckpointFolder(Path(folder), keep), every, monitor
+        self.folder, self.every, self.keep, self.monitor = Path(folder), every, keep, monitor
         self.best_score: float | None = None
         self.saved_update = -1
 
     @property
+    def held(self) -> CheckpointFolder:
+        """What is in the folder."""
+        return CheckpointFolder(self.folder, self.keep)
+
+    @property
     def last(self) -> Path:
-        return self.folder.last
+        return self.held.last
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
-        self.folder = CheckpointFolder(
-            Path(trainer.strategy.broadcast(str(self.folder.path))), self.folder.keep
-        )
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         with pl_module.ranks.together():
             if trainer.is_global_zero:
-                self.folder.prepare()
+                self.held.prepare()
                 self._check_room(pl_module)
 
     def _check_room(self, pl_module: Any) -> None:
-        missing, folder = self.folder.most - self.folder.held(), self.folder.path
+        missing, folder = self.held.most - self.held.count(), self.folder
         needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(
@@ -101,11 +104,11 @@ class Checkpoints(Checkpoint):
         """Write a checkpoint, with the state of the optimizer; a full disk is an error of all processes."""
         # What Trainer.save_checkpoint does, but for its barrier, in which the others would wait for one that failed.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        place = Path(pl_module.ranks.gathered(str(self.folder.place(pl_module.update)))[0])
+        place = Path(pl_module.ranks.gathered(str(self.held.place(pl_module.update)))[0])
         with pl_module.ranks.together():
             trainer.strategy.save_checkpoint(checkpoint, place)
             if trainer.is_global_zero:
-                self.folder.settle(place, pl_module.update, best=best)
+                self.held.settle(place, pl_module.update, best=best)
         self.saved_update = pl_module.update
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
