@@ -67,10 +67,9 @@ def write_sharded(checkpoint: Mapping[str, Any], path: Path, ranks: Ranks) -> No
 
 def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, DTensor]]]:
     """What the first process records of a checkpoint, and the slices of its parts by name."""
-    weights, moments, optimizers = {}, {}, []
-    for name, value in checkpoint["state_dict"].items():
-        if isinstance(value, DTensor):
-            weights[name] = value
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, DTensor)}
+    moments: dict[str, DTensor] = {}
+    optimizers = []
     for number, optimizer in enumerate(checkpoint["optimizer_states"]):
         plain: dict[int, dict[str, Any]] = {}
         for index, state in optimizer["state"].items():
@@ -102,7 +101,9 @@ def numbered(tensors: Mapping[str, DTensor]) -> dict[str, int]:
 
     A file takes no memory twice, as of tied weights, which safetensors refuses.
     """
-    files, number, size, held = {}, 1, 0, set()
+    number, size = 1, 0
+    files: dict[str, int] = {}
+    held: set[int] = set()
     for name, tensor in tensors.items():
         memory = tensor.to_local().data_ptr()
         if size >= FILE_BYTES or memory in held:

@@ -83,6 +83,7 @@ def checkpoints(folder: Path, **changes: Any) -> Checkpoints:
         "folder": str(folder / "checkpoints"),
         "every": 2,
         "keep": 1,
+        "beside_training": False,
         "monitor": "validation/strict",
     }
     return Checkpoints(**(arguments | changes))

@@ -119,7 +119,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.pack": ("plan", "pool thin", "archive", "__main__"),
     "stage.speed": (
-        "models machine scorers plain_scores",
+        "models machine scorers plain_scores saves",
         "rollout rewards evaluation",
         "plain_step",
         "training",

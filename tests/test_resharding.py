@@ -46,7 +46,7 @@ def train(
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         updates=updates,
     )
-    keep = Checkpoints(folder=str(folder), every=2, keep=1, monitor="none")
+    keep = Checkpoints(folder=str(folder), every=2, keep=1, beside_training=False, monitor="none")
     changes = {} if strategy is None else {"strategy": strategy, "devices": int(os.environ["WORLD_SIZE"])}
     trainer = tiny_trainer(folder, [keep], [], **changes)
     trainer.fit(module, ckpt_path=resume, weights_only=True)

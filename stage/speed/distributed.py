@@ -4,6 +4,8 @@
     python -m stage.speed.distributed --overhead --size 1b --output FILE      # the wrappers, one process
     python -m stage.speed.distributed --table --output FILE                   # all that FILE holds
 
+`--checkpoint whole|sharded`, with `--beside` by a thread, saves after each update into a folder beside FILE.
+
 Every run appends to FILE (JSON); the table has seconds an update, shares, memory, and weak scaling: images a second and
 process against the run of one process that is otherwise the same.
 """
@@ -14,6 +16,7 @@ import argparse
 import gc
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
+from stage.checkpoints import AtomicCheckpointIO
 from stage.data import PromptStream
 from stage.module import StageModule
 from stage.optimizer import MasterAdamW
@@ -34,6 +38,7 @@ from stage.processes import started
 from stage.speed.machine import describe
 from stage.speed.models import LANGUAGE, build_policy, speed_prompts
 from stage.speed.rollout import GUIDANCE
+from stage.speed.saves import Saves
 from stage.speed.training import ADAM, FROZEN, LORA, brightness, stage_objective
 from stage.strategy import Replicated, Sharded
 from stage.types import Prompt
@@ -59,6 +64,8 @@ class Run:
     seed: int
     rollout: str
     offload: bool
+    checkpoint: str | None
+    beside: bool
 
 
 class Rows(Callback):
@@ -87,7 +94,10 @@ class Rows(Callback):
 def strategy_of(run: Run) -> Any:
     """The strategy of a run, for Lightning's trainer."""
     if run.strategy == "fsdp":
-        return Sharded(timeout_seconds=TIMEOUT, cpu_offload=run.offload, rollout=run.rollout)
+        checkpoint = run.checkpoint or "sharded"
+        return Sharded(
+            timeout_seconds=TIMEOUT, cpu_offload=run.offload, rollout=run.rollout, checkpoint=checkpoint
+        )
     return Replicated(timeout_seconds=TIMEOUT) if run.strategy == "ddp" else "auto"
 
 
@@ -123,18 +133,20 @@ def module_of(run: Run, device: torch.device) -> StageModule:
     )
 
 
-def measure(run: Run, device: torch.device) -> dict[str, Any]:
-    """One run in this process and its peers; all of them must call it."""
+def measure(run: Run, device: torch.device, beside: Path) -> dict[str, Any]:
+    """One run in this process and its peers; all of them must call it. Checkpoints go into a folder of `beside`."""
     rows, processes = Rows(), started()
+    saves = Saves(beside / "checkpoints", run.beside) if run.checkpoint else None
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         strategy=strategy_of(run),
         devices=processes.here,
         num_nodes=processes.machines,
         max_epochs=-1,
-        callbacks=[rows],
+        callbacks=[rows, *([saves] if saves else [])],
+        plugins=[AtomicCheckpointIO()],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=saves is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -142,6 +154,10 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
     module = module_of(run, device)
     trainer.fit(module)
     found = asdict(run) | {"processes": processes.world} | summary(rows.rows)
+    if saves is not None:
+        found |= saves.summary()
+        if processes.rank == 0:
+            shutil.rmtree(saves.folder)
     del module, trainer
     gc.collect()
     if device.type == "cuda":
@@ -185,11 +201,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "seconds",
         "images_per_second",
     ]
-    columns += [*(f"{name}_share" for name in SHARES), "peak_gib"]
+    columns += [*(f"{name}_share" for name in SHARES), "peak_gib", "checkpoint", "beside", "save_seconds"]
     lines = [[*columns, "weak_scaling", "loss_gap", "norm_gap"], ["---"] * (len(columns) + 3)]
     for row in results:
         efficiency, gaps = scaling(row, results), apart(row, results)
-        lines.append([*(short(row[name]) for name in columns), short(efficiency), *map(short, gaps)])
+        lines.append([*(short(row.get(name)) for name in columns), short(efficiency), *map(short, gaps)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -235,6 +251,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--rollout", choices=["copy", "layers"], default="copy")
     made.add_argument("--offload", action="store_true", help="slices in CPU memory")
+    made.add_argument(
+        "--checkpoint", choices=["whole", "sharded"], default=None, help="save after each update"
+    )
+    made.add_argument("--beside", action="store_true", help="a thread writes what is saved")
     made.add_argument("--overhead", action="store_true", help="each strategy in turn, in one process, twice")
     made.add_argument("--table", action="store_true", help="print what the file holds and stop")
     made.add_argument(
@@ -257,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = (*STRATEGIES, *STRATEGIES) if options.overhead else (options.strategy,)
         for name in names:
             shape = (options.size, options.layers, options.kind, name, total, options.group, options.updates)
-            found = measure(Run(*shape, options.seed, options.rollout, options.offload), device)
+            more = (options.seed, options.rollout, options.offload, options.checkpoint, options.beside)
+            found = measure(Run(*shape, *more), device, options.output.absolute().parent)
             if processes.rank == 0:
                 append(options.output, found, device)
     if processes.rank == 0:
