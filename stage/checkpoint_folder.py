@@ -57,11 +57,13 @@ class CheckpointFolder:
     def settle(self, written: Path, update: int, *, best: bool) -> None:
         """Make a whole checkpoint the last and, if it is, the best; then remove those that are too many.
 
-        Later ones than `update` are of a run that was resumed from an earlier one, and go too.
+        Later ones than `update`, and an older one of the same update, are of a run that was resumed from an earlier one:
+        they go too.
         """
         for name in (self.best, self.last) if best else (self.last,):
             link(written, name)
-        numbered = [path for number, path in self.numbered() if number <= update]
+        latest = {number: path for number, path in self.numbered() if number <= update}
+        numbered = list(latest.values())
         kept = {*(numbered[-self.keep :] if self.keep > 1 else ()), *self._linked()}
         for _, path in self.numbered():
             if path not in kept:
