@@ -57,8 +57,7 @@ class CheckpointFolder:
     def settle(self, written: Path, update: int, *, best: bool) -> None:
         """Make a whole checkpoint the last and, if it is, the best; then remove those that are too many.
 
-        Later ones than `update`, and an older one of the same update, are of a run that was resumed from an earlier one:
-        they go too.
+        Where a run was resumed from an earlier checkpoint, what it had saved later, or at the same update, goes too.
         """
         for name in (self.best, self.last) if best else (self.last,):
             link(written, name)

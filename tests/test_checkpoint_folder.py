@@ -106,7 +106,9 @@ def test_what_a_kill_left_is_removed_at_the_start(tmp_path: Path) -> None:
     assert run(CheckpointFolder(tmp_path, 1), "folder") == {"last.ckpt": 10, "update_00000010.ckpt": 10}
 
 
-def test_a_file_system_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_hard_links_gets_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*paths: Path) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 

@@ -32,7 +32,10 @@ class Saves(Checkpoints):
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(pl_module.device))
         if trainer.is_global_zero:
             size, waited = self.bytes / 1e9, self.waited[-1]
-            print(f"  saved {size:.1f} GB, training waited {waited:.2f} s, peak {self.peak / 2**30:.2f} GiB", flush=True)
+            print(
+                f"  saved {size:.1f} GB, training waited {waited:.2f} s, peak {self.peak / 2**30:.2f} GiB",
+                flush=True,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         begun = time.perf_counter()
