@@ -70,7 +70,7 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict
     weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, DTensor)}
     moments: dict[str, DTensor] = {}
     optimizers = []
-    for number, optimizer in enumerate(checkpoint["optimizer_states"]):
+    for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
         plain: dict[int, dict[str, Any]] = {}
         for index, state in optimizer["state"].items():
             plain[index] = {name: value for name, value in state.items() if not isinstance(value, DTensor)}

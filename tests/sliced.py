@@ -36,7 +36,7 @@ def sliced(value: Any) -> Any:
 
 def slice_here(whole: Path, folder: Path) -> None:
     ranks, found = connected(), read_training_checkpoint(whole)
-    optimizers = [{**saved, "state": sliced(saved["state"])} for saved in found["optimizer_states"]]
+    optimizers = [{**saved, "state": sliced(saved["state"])} for saved in found.get("optimizer_states", [])]
     found |= {"state_dict": sliced(found["state_dict"]), "optimizer_states": optimizers}
     write_sharded(found, folder, ranks)
 
