@@ -5,7 +5,6 @@ Imported by train.py before Hydra reads the command line, so nothing heavy is im
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from stage import processes
+from stage import processes, resolvers
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 ONE_LINE = "STAGE_ONE_LINE"  # set beside it where it is ours and not the user's wish, for processes started meanwhile
@@ -44,7 +43,6 @@ SWITCHES = ("reference_on_cpu", "reward_beside_reference", "self_check")
 SETTINGS = "seed updates group_size gradient_clip name output resume"
 KNOWN = {*GROUPS.split(), *SETTINGS.split(), *SWITCHES}
 CARRIED = ("metrics.csv", "code.json")  # that a run which goes on elsewhere begins with
-LONGEST_NAME = 200  # bytes of a file name; file systems take 255
 LEAST = {"group_size": 2, "updates": 1, "seed": 0}  # whole numbers, and the smallest value of each
 
 
@@ -56,26 +54,7 @@ def register_experiments(folder: Path) -> None:
         )
 
 
-def run_folder(resume: str | None, fresh: str) -> str:
-    """The folder of the run that the checkpoint `resume` belongs to, or `fresh` for a new run."""
-    if resume is not None:
-        folder = Path(str(resume)).expanduser().absolute().parent
-        if folder.name == "checkpoints" and folder.is_dir():
-            return str(folder.parent)
-    return fresh
-
-
-def job_folder(overrides: str) -> str:
-    """A folder name for one job of a sweep: its overrides, as far as file systems take them, and then a hash."""
-    name = overrides.replace("/", "_") or "defaults"
-    if len(name.encode()) <= LONGEST_NAME:
-        return name
-    return f"{name[: LONGEST_NAME // 4]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
-
-
-OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-OmegaConf.register_new_resolver("processes", processes.processes, replace=True)
+resolvers.register()
 
 
 def several(arguments: Sequence[str], group: str) -> list[str]:

@@ -185,15 +185,27 @@ def test_a_score_that_is_the_best_writes_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, written = torch.save, []
-    monkeypatch.setattr(torch, "save", lambda content, path: (written.append(path), save(content, path)))
+
+    def watched(content: Any, path: Path) -> None:
+        written.append(path)
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", watched)
     keep = train(base, tmp_path, 1, keep=1)
     assert len(written) == 1 and keep.last.samefile(tmp_path / "best.ckpt")
 
 
 @pytest.mark.parametrize("name", ["every", "keep"])
-def test_numbers_below_one_are_refused(base: Path, tmp_path: Path, name: str) -> None:
+def test_numbers_below_one_are_refused(name: str) -> None:
+    settings: dict[str, Any] = {
+        "folder": "here",
+        "every": 1,
+        "keep": 1,
+        "beside_training": False,
+        "monitor": "none",
+    }
     with pytest.raises(ValueError, match=rf"callbacks\.checkpoints\.{name} must be at least 1"):
-        train(base, tmp_path, 1, **{name: 0})
+        Checkpoints(**(settings | {name: 0}))
 
 
 def test_what_is_written_beside_training_is_of_its_moment(base: Path, tmp_path: Path) -> None:

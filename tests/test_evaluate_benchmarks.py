@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -122,6 +123,38 @@ def test_drawn_here_and_scored_there(
     next((world.root / "elsewhere" / "images").glob("*.png")).unlink()
     code = run(world, monkeypatch, "benchmark=listed", "images=elsewhere")
     assert isinstance(code, str) and "is not complete: 1 missing" in code
+
+
+def test_pictures_of_the_same_list_are_drawn_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`twin` has the list of `listed` and a threshold of its own: the same files under other names, judged apart."""
+    twin = OmegaConf.load(world.groups / "benchmark" / "listed.yaml")
+    OmegaConf.update(twin, "name", "twin")
+    OmegaConf.update(twin, "scorer.threshold", 1.0)
+    OmegaConf.save(twin, world.groups / "benchmark" / "twin.yaml")
+    assert run(world, monkeypatch, "benchmark=[listed,twin]", f"checkpoint={world.checkpoint}") is None
+    folder = world.run / "evaluation" / "last"
+    first, second = results(folder / "listed"), results(folder / "twin")
+    for role in ("base", "tuned"):
+        assert first["timing"][role]["images"] == 3 and second["timing"][role]["images"] == 0
+    pictures = [sorted((folder / name / "test" / "images").glob("*.png")) for name in ("listed", "twin")]
+    assert len(pictures[0]) == 3 and all(a.samefile(b) for a, b in zip(*pictures, strict=True))
+    strict = [[line["parts"]["strict"] for line in found["images"]] for found in (first, second)]
+    assert strict == [[1.0] * 6, [0.0] * 6]
+
+
+@pytest.mark.parametrize(
+    "name", ["geneval", "drawbench", "hpsv2", "imagereward", "t2i_compbench", "diversity"]
+)
+def test_scorers_run_where_the_evaluation_does(name: str) -> None:
+    def devices(node: Any) -> set[str]:
+        rows = node.items() if isinstance(node, dict) else []
+        return {str(v) for k, v in rows if k == "device"}.union(*(devices(v) for _, v in rows))
+
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    for given, there in (("cpu", "cpu"), ("cuda:1", "cuda:1"), ("auto", own)):
+        config = composed("evaluate", f"benchmark={name}", f"device={given}", "datasets=none")
+        OmegaConf.resolve(config)
+        assert devices(OmegaConf.to_container(config.benchmark)) == {there}
 
 
 @pytest.mark.parametrize(

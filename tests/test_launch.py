@@ -35,21 +35,6 @@ def test_an_experiment_is_a_delta_that_the_command_line_beats(
     assert composed("experiment=question", "algorithm=stage").algorithm.reweight_advantage is True
 
 
-def test_a_resumed_run_stays_in_its_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints"
-    assert launch.run_folder(str(folder / "last.ckpt"), "fresh") == "fresh"  # no such run
-    folder.mkdir(parents=True)
-    assert launch.run_folder(str(folder / "last.ckpt"), "fresh") == str(tmp_path / "run")
-    assert launch.run_folder(str(tmp_path / "moved.ckpt"), "fresh") == "fresh"
-    assert launch.run_folder(None, "fresh") == "fresh"
-
-
-def test_a_job_of_a_sweep_has_a_folder_name() -> None:
-    assert launch.job_folder("algorithm=grpo,model.path=/a/b") == "algorithm=grpo,model.path=_a_b"
-    long = [launch.job_folder("x" * 1000 + end) for end in "ab"]
-    assert all(len(name) <= 200 for name in long) and long[0] != long[1]
-
-
 @pytest.mark.parametrize(
     "override", ["optimizer.lr=1", "+optimizer.lr=1", "++optimizer.lr=1", "~optimizer.lr"]
 )

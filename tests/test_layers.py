@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stage.processes",
         "stage.gradients",
     ),
-    ("stage.weights", "stage.batches", "stage.ranks"),
+    ("stage.weights", "stage.batches", "stage.ranks", "stage.resolvers"),
     ("stage.sharded_checkpoint",),
     ("stage.training_checkpoint",),
     ("stage.objective.*",),

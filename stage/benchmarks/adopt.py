@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from stage.benchmarks.images import MANIFEST, SETTINGS, ImageFolder, Planned, write_atomic
+from stage.benchmarks.images import MANIFEST, SETTINGS, ImageFolder, Planned, stated, write_atomic
 
 OWN = ("split", "tokens")  # what a benchmark calls a list, and whether it keeps tokens, moves no image
 
@@ -72,7 +72,7 @@ def _link(source: Path, target: Path) -> None:
 def _identity(folder: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]] | None:
     """Settings and manifest without what moves no image; None where they cannot be read."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = stated(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         lines = [json.loads(line) for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()]
         return _images_of(settings), [_images_of(line) for line in lines]
     except (

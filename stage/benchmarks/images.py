@@ -160,7 +160,9 @@ class ImageFolder:
 
     def _agree(self, settings: str, lines: Mapping[str, str]) -> dict[str, str]:
         """The lines of the old manifest and of the new plan, by file; ValueError where they contradict each other."""
-        self._same(SETTINGS, self._read(SETTINGS), settings)
+        found = self._read(SETTINGS)
+        if _read_settings(found) != stated(json.loads(settings)):
+            self._same(SETTINGS, found, settings)
         old = {}
         for number, line in enumerate(self._read(MANIFEST).splitlines(keepends=True), start=1):
             try:
@@ -253,6 +255,20 @@ def _line(item: Planned) -> str:
     optional = ("plan", "tokens")
     known = {name: value for name, value in asdict(item).items() if name not in optional or value is not None}
     return json.dumps(known, ensure_ascii=False) + "\n"
+
+
+def stated(settings: Any) -> Any:
+    """Settings without those that are null: a part that is off is one that an older version did not know."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: stated(value) for name, value in settings.items() if value is not None}
+
+
+def _read_settings(text: str) -> Any:
+    try:
+        return stated(json.loads(text))
+    except ValueError:  # damaged, so not the same
+        return None
 
 
 def _difference(there: str, wanted: str) -> str:

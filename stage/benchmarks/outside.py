@@ -157,7 +157,7 @@ def _own(folder: Path, prompts: Sequence[Prompt]) -> Found:
 
 
 def _geneval(folder: Path, prompts: Sequence[Prompt]) -> Found:
-    found = Found()
+    found, samples = Found(), list[tuple[int, int, Path]]()
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         if not NUMBER.fullmatch(place.name):
             found.fault("not named by a number", f"{place.name}/")
@@ -165,19 +165,18 @@ def _geneval(folder: Path, prompts: Sequence[Prompt]) -> Found:
         index = int(place.name)
         if index < len(prompts):
             _compare(place, prompts[index], found)
-        samples = []
         for path in _pictures(place / "samples") if (place / "samples").is_dir() else []:
             if NUMBER.fullmatch(path.stem):
-                samples.append(path)
+                samples.append((index, int(path.stem), path))
             else:
                 found.fault("not named by a number", f"{place.name}/samples/{path.name}")
-        first = min((int(path.stem) for path in samples), default=0)
-        for path in samples:
-            sample = int(path.stem) - min(first, 1)  # some programs count from 1
-            if (index, sample) in found.pictures:
-                found.fault("twice there", f"{place.name}/samples/{path.name}")
-            else:
-                found.pictures[index, sample] = path
+    # Some programs count from 1; they do so in all folders, and one without 0000.png lacks it.
+    first = min(min((number for _, number, _ in samples), default=0), 1)
+    for index, number, path in samples:
+        if (index, number - first) in found.pictures:
+            found.fault("twice there", path.relative_to(folder).as_posix())
+        else:
+            found.pictures[index, number - first] = path
     return found
 
 

@@ -24,7 +24,7 @@ def check_scorers(first: Evaluation, second: Evaluation) -> None:
         faults.append(f"the class, {before['class']} and {now['class']}")
     elif before and now and (files := changed_files(before["weights"], now["weights"])):
         faults.append(f"{len(files)} weight files ({', '.join(files[:3])})")
-    settings = [dict(_flat(_settings(item))) for item in (first, second)]
+    settings = [dict(flat(_settings(item))) for item in (first, second)]
     if all(settings):
         names = sorted(set(settings[0]) | set(settings[1]))
         differing = [name for name in names if settings[0].get(name) != settings[1].get(name)]
@@ -57,12 +57,12 @@ def _settings(evaluation: Evaluation) -> Any:
     return benchmark.get("scorer") if isinstance(benchmark, Mapping) else None
 
 
-def _flat(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value as JSON) of settings that can move a score."""
+def flat(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value as JSON) of settings that can move a score; null is what an older version did not know."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             place = key in ELSEWHERE or (key == "weights" and isinstance(value, str))
             if not place:
-                yield from _flat(value, f"{name}.{key}" if name else str(key))
+                yield from flat(value, f"{name}.{key}" if name else str(key))
     elif node is not None:
         yield name, json.dumps(node, sort_keys=True)

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from stage.benchmarks.images import write_atomic
-from stage.report.comparable import check_prompts, check_scorers
+from stage.report.comparable import check_prompts, check_scorers, flat
 from stage.report.curves import COLORS, Line, comparison_panel
 from stage.report.groups import Group, group_runs
 from stage.report.page import HTML, MARKDOWN, render
@@ -152,28 +152,29 @@ def _check_comparable(runs: Sequence[Run]) -> None:
         check_scorers(runs[0].evaluation, run.evaluation)
         for key in ("benchmark", "settings", "scores"):
             mine, first = (_comparable(r, key) for r in (run, runs[0]))
-            if mine != first:
+            differing = [name for name in dict.fromkeys([*first, *mine]) if mine.get(name) != first.get(name)]
+            if differing and mine and first:
+                name = differing[0]
                 raise ValueError(
                     "evaluations can be compared when base, sampler, seed, prompts and scorer are the same; in "
-                    f"{key} {run.folder} has {mine}, {runs[0].folder} has {first}. Evaluate both with the same command."
+                    f"{key} {run.folder} has {name} {mine.get(name)}, {runs[0].folder} has {first.get(name)}, and "
+                    f"{len(differing) - 1} more differ. Evaluate both with the same command."
                 )
 
 
-def _comparable(run: Run, key: str) -> Any:
+def _comparable(run: Run, key: str) -> dict[str, Any]:
+    """What must be the same, by name; nothing where the evaluation does not say it."""
     assert run.evaluation is not None
-    value = run.evaluation.results.get(key)
-    if value is None:
-        return None
+    value = run.evaluation.results.get(key) or {}
     if key == "settings":
-        return value.get("base")
+        return dict(flat(value.get("base") or {}))
     if key == "benchmark":
-        return {name: value.get(name) for name in ("name", "headline", "images_per_prompt")}
-    if key == "scores":
-        return {
-            split: {t: next(iter(r.values()))["prompts"] for t, r in next(iter(p.values())).items()}
-            for split, p in value.items()
-        }
-    return value
+        return {name: value.get(name) for name in ("name", "headline", "images_per_prompt") if value}
+    return {
+        f"{split} {task}": next(iter(rows.values()))["prompts"]
+        for split, parts in value.items()
+        for task, rows in next(iter(parts.values())).items()
+    }
 
 
 def _lines(groups: Sequence[Group], column: str) -> list[Line]:

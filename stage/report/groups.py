@@ -93,7 +93,16 @@ def _labels(
         alike = [dict(other) for name, other in zip(labels, settings, strict=True) if name == label]
         differing = [key for key, value in mine if any(other.get(key) != value for other in alike)]
         values = dict(mine)
-        full.append(
-            label if not differing else f"{label}, " + ", ".join(f"{k}={values[k]}" for k in differing[:3])
-        )
+        # Another class has other arguments, which its name stands for.
+        classes = {key.removesuffix("_target_") for key in differing if key.endswith("._target_")}
+        telling = [
+            key for key in differing if key.endswith("._target_") or not key.startswith(tuple(classes))
+        ]
+        full.append(", ".join([label, *(said(key, values[key]) for key in telling[:3])]))
     return full
+
+
+def said(key: str, value: str) -> str:
+    """A setting in a few words: `lr=0.0003`, or `aggregation=FixedLength` where it names a class."""
+    *_, owner, name = ["", *key.split(".")]
+    return f"{owner}={value.strip(chr(39)).rpartition('.')[2]}" if name == "_target_" else f"{key}={value}"

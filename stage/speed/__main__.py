@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": describe(device) | {"bandwidth_tb_per_second": speed / 1e12, "dtype": str(dtype)},
         "rollout": rows,
         "checks": checks,
-        "training": measure_steps(
-            options.models, options.step_images, device, dtype, options.baseline_tokens
-        ),
+        "training": measure_steps(options.models, options.step_images, device, dtype),
     }
     write(options.output or RESULTS / "speed", found)
 

@@ -133,10 +133,10 @@ def module_of(run: Run, device: torch.device) -> StageModule:
     )
 
 
-def measure(run: Run, device: torch.device, beside: Path) -> dict[str, Any]:
-    """One run in this process and its peers; all of them must call it. Checkpoints go into a folder of `beside`."""
+def measure(run: Run, device: torch.device, folder: Path) -> dict[str, Any]:
+    """One run in this process and its peers; all of them must call it. Checkpoints lie in `folder` meanwhile."""
     rows, processes = Rows(), started()
-    saves = Saves(beside / "checkpoints", run.beside) if run.checkpoint else None
+    saves = Saves(folder / "checkpoints", run.beside) if run.checkpoint else None
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         strategy=strategy_of(run),

@@ -32,7 +32,7 @@ from stage.policy.reference import frozen_reference, place_reference
 from stage.policy.sampler import Sampler
 from stage.rollout import collect
 from stage.speed.models import build_policy, speed_prompts
-from stage.speed.plain_step import plain_step
+from stage.speed.plain_step import plain_steps
 from stage.speed.rollout import GUIDANCE, Row
 from stage.types import Metrics, Prompt, PromptTokens, Samples, Scores
 
@@ -164,10 +164,11 @@ def prepare(policy: JanusPolicy, kind: str) -> Callable[[list[nn.Parameter]], to
     return partial(MasterAdamW, lr=1e-6, **ADAM)
 
 
-def measure_steps(
-    sizes: Sequence[str], images: int, device: torch.device, dtype: torch.dtype, baseline_tokens: int
-) -> list[Row]:
-    """Rows of a step of `images` images with LoRA and in full, and of the plain step, for each model."""
+def measure_steps(sizes: Sequence[str], images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """Rows of a step of `images` images with LoRA and in full, and of the plain step, for each model.
+
+    `plain_over` is how many times as long the plain step takes, `release_over` with the release's loops over ranks.
+    """
     rows: list[Row] = []
     for size in sizes:
         for kind in KINDS:
@@ -179,8 +180,13 @@ def measure_steps(
             _empty(device)
         policy = build_policy(size, device, dtype)
         prepare(policy, "full")
-        plain = plain_step(policy, images, baseline_tokens)
-        rows.append({"model": size, "step": "plain", "images": images, **plain})
+        plain = plain_steps(policy, images, REPEATS)
+        for name, row in zip(("plain", "release"), plain, strict=True):
+            rows.append({"model": size, "step": name, "images": images, **row})
+        for row in rows[-4:]:
+            row["plain_over"], row["release_over"] = (
+                float(other["seconds"]) / float(row["seconds"]) for other in plain
+            )
         del policy
         _empty(device)
     return rows

@@ -70,6 +70,15 @@ def test_images_of_other_settings_are_refused(tmp_path: Path, changed: dict[str,
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
+def test_a_setting_that_is_off_is_one_that_an_older_version_did_not_know(tmp_path: Path) -> None:
+    started(tmp_path)
+    newer = {"guidance_scale": 2.0, "variation": None}
+    assert len(folder(tmp_path, sampler=newer).missing()) == 5
+    assert json.loads((tmp_path / "settings.json").read_text())["sampler"] == newer
+    with pytest.raises(ValueError, match="another evaluation"):
+        folder(tmp_path, sampler={**newer, "variation": 0.5})
+
+
 def test_images_of_other_prompts_are_refused(tmp_path: Path) -> None:
     started(tmp_path)
     other = prompts((("colors", "a blue circle"), *TEXTS[1:]))

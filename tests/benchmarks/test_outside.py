@@ -181,9 +181,9 @@ def test_what_geneval_lacks_is_named_by_its_number(tmp_path: Path) -> None:
     geneval(tmp_path)
     (tmp_path / "00000" / "samples" / "0001.png").unlink()
     (tmp_path / "00002" / "samples" / "0000.png").rename(tmp_path / "00002" / "samples" / "0004.png")
-    # The second folder seems to count from one, as some programs do.
+    # The others count from zero, so the last folder does too, and lacks its first.
     missing = (
-        r"2 missing \(image 1 of line 0, .*image 1 of line 2, .*\); 1 more than planned \(00002/samples/0004"
+        r"2 missing \(image 1 of line 0, .*image 0 of line 2, .*\); 1 more than planned \(00002/samples/0004"
     )
     with pytest.raises(ValueError, match=missing):
         OutsideFolder(tmp_path, prompts(), GROUP, ["a", "b", "c"])

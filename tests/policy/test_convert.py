@@ -243,12 +243,15 @@ class TestFaults:
         self, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
     ) -> None:
         before = signal.getsignal(signal.SIGTERM)
+        # A shell that starts the tests in the background has SIGINT ignored.
+        interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
         monkeypatch.setattr(conversion, "write_shard", lambda *_: signal.raise_signal(number))
         try:
             with pytest.raises(SystemExit) as caught:
                 main(["convert", str(original), str(tmp_path / "out"), "--to", "transformers"])
         finally:
             signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGINT, interrupt)
         assert caught.value.code == status
         assert sorted(path.name for path in tmp_path.iterdir()) == ["original"]
 

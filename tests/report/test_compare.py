@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from stage.report.compare import comparison_tables, over_seeds, write_comparison
 from stage.report.groups import algorithm_label, group_runs
@@ -46,6 +47,19 @@ def test_runs_that_differ_in_more_are_told_apart(tmp_path: Path) -> None:
     ]
     labels = [group.label for group in group_runs([read_run(folder) for folder in folders])]
     assert labels == ["grpo, optimizer.lr=0.0001", "grpo, optimizer.lr=0.0002", "stage"]
+
+
+def test_a_class_is_told_by_its_name_without_its_arguments(tmp_path: Path) -> None:
+    slots: dict[str, dict[str, Any]] = {"GroupMean": {"epsilon": 1e-6}, "FixedLength": {"length": None}}
+    folders = []
+    for name, arguments in slots.items():
+        folders.append(write(tmp_path / name, "stage", 0))
+        config = OmegaConf.load(folders[-1] / "config.yaml")
+        slot = {"_target_": f"stage.objective.aggregation.{name}", **arguments}
+        OmegaConf.update(config, "algorithm.aggregation", slot, force_add=True)
+        OmegaConf.save(config, folders[-1] / "config.yaml")
+    labels = [group.label for group in group_runs([read_run(folder) for folder in folders])]
+    assert labels == ["stage, aggregation=GroupMean", "stage, aggregation=FixedLength"]
 
 
 def test_loggers_and_callbacks_only_watch(tmp_path: Path) -> None:
@@ -138,13 +152,22 @@ def test_evaluations_that_differ_cannot_be_compared(tmp_path: Path) -> None:
     scores = {"validation": 0.5, "heldout": 0.4}
     settings = {"base": {"sampler": {"guidance_scale": 5.0, "temperature": 1.0}, "seed": 0}}
     write_results(folders[1] / "evaluation" / "last", scores, settings=settings)
-    with pytest.raises(ValueError, match=r"in settings .*b has .*5.0.*a has .*2.0"):
+    with pytest.raises(ValueError, match=r"in settings .*b has sampler.guidance_scale 5.0.*a has 2.0"):
         write_comparison(folders, tmp_path / "out")
     benchmark = {"name": "shapes", "headline": "strict", "images_per_prompt": 4}
     write_results(folders[1] / "evaluation" / "last", scores, benchmark=benchmark)
     with pytest.raises(ValueError, match="in benchmark"):
         write_comparison(folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_older_version_did_not_know_is_off(tmp_path: Path) -> None:
+    folders = [write(tmp_path / name, "grpo", seed) for seed, name in enumerate("ab")]
+    for folder, more in zip(folders, ({}, {"variation": None}), strict=True):
+        sampler = {"guidance_scale": 2.0, **more}
+        scores = {"validation": 0.5, "heldout": 0.4}
+        write_results(folder / "evaluation" / "last", scores, settings={"base": {"sampler": sampler}})
+    assert write_comparison(folders, tmp_path / "out").is_file()
 
 
 def test_one_seed_has_no_interval() -> None:

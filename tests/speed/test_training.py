@@ -8,7 +8,7 @@ import torch
 from stage.policy.lora import has_adapters
 from stage.policy.sampler import Sampler
 from stage.speed.models import build_policy, speed_prompts
-from stage.speed.plain_step import plain_scores, plain_step
+from stage.speed.plain_step import pairwise_ranks, plain_scores, plain_steps
 from stage.speed.rollout import plain_loop
 from stage.speed.training import PARTS, RandomTokens, measure_step
 
@@ -53,5 +53,11 @@ def test_the_plain_step_scores_what_the_policy_scores() -> None:
         scores = policy.score(prompt, tokens, guidance_scale=1.0, temperature=1.0)
     torch.testing.assert_close(logps, scores.logps[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, scores.entropy[0], atol=1e-5, rtol=0)
-    row = plain_step(policy, 2, 4)
-    assert row["seconds"] == pytest.approx(sum(float(row[name]) for name in COLUMNS[:3]))
+    for row in plain_steps(policy, 2, 1):
+        assert row["seconds"] == pytest.approx(sum(float(row[name]) for name in COLUMNS[:3]))
+
+
+def test_ranks_of_the_release() -> None:
+    """Two samples of one token: 5 is sample 0's second best and not among sample 1's; 7 is the best of both."""
+    best = torch.tensor([[[7, 5]], [[7, 2]]])
+    assert pairwise_ranks(best, torch.tensor([[5], [7]])).tolist() == [[[1], [0]], [[-1], [0]]]
