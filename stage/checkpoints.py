@@ -94,7 +94,6 @@ class Checkpoints(Checkpoint):
         self.best_score: float | None = None
         self.saved_update = -1
         self._writing: Writing | None = None
-        self._stager: DefaultStager | None = None
 
     @property
     def held(self) -> CheckpointFolder:
@@ -146,8 +145,7 @@ class Checkpoints(Checkpoint):
         update = pl_module.update
         place = Path(pl_module.ranks.gathered(str(self.held.place(update)))[0])
         if self.beside_training:
-            copied = self._copied(checkpoint)
-            self._writing = Writing(partial(self._write, trainer, copied, place, update, best))
+            self._writing = Writing(partial(self._write, trainer, copied(checkpoint), place, update, best))
         else:
             with pl_module.ranks.together():
                 self._write(trainer, checkpoint, place, update, best)
@@ -159,13 +157,6 @@ class Checkpoints(Checkpoint):
         trainer.strategy.save_checkpoint(checkpoint, place)
         if trainer.is_global_zero:
             self.held.settle(place, update, best=best)
-
-    def _copied(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The checkpoint of this moment in CPU memory, which is taken once and filled again each time."""
-        if self._stager is None:
-            self._stager = DefaultStager(StagingOptions(False, False, False, False))
-        found: Any = self._stager.stage(checkpoint)
-        return dict(found)
 
     def finish(self, pl_module: Any) -> None:
         """Wait until the checkpoint that is being written has its name, and raise what went wrong, in all processes."""
@@ -199,6 +190,14 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of this moment, its tensors and slices in CPU memory."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))  # torch 2.11 can use each once
+    found: Any = stager.stage(checkpoint)
+    stager.close()
+    return dict(found)
 
 
 def checkpoint_bytes(module: Any) -> int:
