@@ -145,7 +145,9 @@ class Checkpoints(Checkpoint):
         update = pl_module.update
         place = Path(pl_module.ranks.gathered(str(self.held.place(update)))[0])
         if self.beside_training:
-            self._writing = Writing(partial(self._write, trainer, copied(checkpoint), place, update, best))
+            writes = trainer.is_global_zero or getattr(trainer.strategy, "in_parts", False)
+            content = copied(checkpoint) if writes else {}
+            self._writing = Writing(partial(self._write, trainer, content, place, update, best))
         else:
             with pl_module.ranks.together():
                 self._write(trainer, checkpoint, place, update, best)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,19 @@ def test_numbers_below_one_are_refused(name: str) -> None:
         Checkpoints(**(settings | {name: 0}))
 
 
-def test_what_is_written_beside_training_is_of_its_moment(base: Path, tmp_path: Path) -> None:
-    """The same bits as those written while training waits, though the weights move on meanwhile."""
+def test_what_is_written_beside_training_is_of_its_moment(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as those written while training waits, though the writer is slow and the weights move on."""
     torch.manual_seed(1)
     train(base, tmp_path / "waits", 4)
+    save = torch.save
+
+    def slow(content: Any, path: Path) -> None:
+        time.sleep(0.5)  # several updates
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", slow)
     torch.manual_seed(1)
     train(base, tmp_path / "beside", 4, beside_training=True)
     for update in (2, 3, 4):
