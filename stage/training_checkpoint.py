@@ -104,13 +104,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _another(path: Path) -> str:
     """What to do about a checkpoint that cannot be read."""
+    unreadable = []
     for other in others(path):
         try:
-            found = _read(other)
+            return f"Use another one: {other} holds update {_read(other)['update']}."
         except ValueError:
-            continue
-        return f"Use another one: {other} holds update {found['update']}."
-    return "No other one that can be read lies beside it."
+            unreadable.append(other.name)
+    told = f": {', '.join(unreadable)} cannot be read either" if unreadable else ""
+    return f"No other one that can be read lies beside it{told}."
 
 
 def checkpoint_sha256(path: Path) -> str:
