@@ -87,6 +87,7 @@ def _write_part(folder: Path, tensors: dict[str, DTensor], ranks: Ranks) -> None
         return
     files = numbered(tensors)
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # else it waits for all that training has asked of the GPU, every 10 MB
     try:
         dcp.save(tensors, storage_writer=writer, process_group=ranks.everyone)
     except CheckpointException as error:
