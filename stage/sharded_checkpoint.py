@@ -160,7 +160,7 @@ def check_parts(folder: Path, parts: Mapping[str, int]) -> None:
 def read_sharded(folder: Path) -> dict[str, Any]:
     """The checkpoint in a folder: its record, and mappings that read whole tensors when they are asked for.
 
-    Raises ValueError where it is damaged.
+    Raises ValueError, with the reason alone, where it is damaged.
     """
     try:
         record = torch.load(folder / RECORD, map_location="cpu", weights_only=True)
@@ -180,7 +180,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         pickle.UnpicklingError,
         SafetensorError,
     ) as e:
-        raise ValueError(f"checkpoint {folder} is damaged: {e}") from e
+        raise ValueError(" ".join(str(e).split())) from e
 
 
 class Parts(HuggingFaceStorageReader):
