@@ -196,6 +196,16 @@ def test_a_truncated_part_is_refused_by_every_process(base: Path, parts: Path, t
     assert all(line.startswith("ValueError: checkpoint") and "must have" in line for line in said), said
 
 
+def test_a_whole_checkpoint_of_slices_is_not_copied_once_more(base: Path, tmp_path: Path) -> None:
+    def beside(base: Path, folder: Path) -> None:
+        processes = {"strategy": FSDP | {"checkpoint": "whole"}, "devices": 2}
+        train(base, folder, 1, processes, beside_training=True)
+
+    finish(start(2, tmp_path / "results", beside, base, tmp_path / "run"))
+    said = [(tmp_path / "results" / f"{rank}.error").read_text().splitlines()[-1] for rank in range(2)]
+    assert all("Set trainer.strategy.checkpoint=sharded" in line for line in said), said
+
+
 def killed(base: Path, folder: Path, moment: str, beside: bool) -> None:
     """Train until a process is killed while it writes the checkpoint of update 2; the other lives on, waiting."""
     rank, calls = int(os.environ["RANK"]), []
