@@ -6,17 +6,20 @@ What is in them is said in `stage.training_checkpoint`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from stage.checkpoint_folder import CheckpointFolder
 from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
-
-COPIES = 3  # checkpoints that exist at once: last, best, and the one being written
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,45 +43,87 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
+class Writing(Thread):
+    """A checkpoint that is being written. A process that ends takes it along, and then it has no name yet."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for the end, and raise what went wrong."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
 class Checkpoints(Checkpoint):
-    """Keeps `last.ckpt`, from which a run resumes, and `best.ckpt`, which had the highest validation score.
+    """Keeps the last checkpoints, the newest as `last.ckpt`, and `best.ckpt`, which had the highest validation score.
 
     Lightning's ModelCheckpoint counts optimizer steps. What is left of it here is its place: Lightning calls
     checkpoint callbacks after all others, so a validation of the same update is known.
 
     Args:
-        folder: where the two files go.
-        every: updates between saves of last.ckpt; it is also saved after the last update, on a clean stop, and when
-            an update fails before it has moved a weight, as with a reward service that is gone.
+        folder: where they go.
+        every: updates between saves; it is also saved after the last update, after a validation that is the best, on a
+            clean stop, and when an update fails before it has moved a weight, as with a reward service that is gone.
+        keep: how many of the last checkpoints stay; more than one are also there as `update_N.ckpt`.
+        beside_training: copy what is saved to CPU memory, and let a thread write it while training goes on. The next
+            save, and the end of training, wait for it and raise its error.
         monitor: metric of best.ckpt, higher is better.
+
+    Raises ValueError for numbers below 1.
     """
 
-    def __init__(self, *, folder: str, every: int, monitor: str) -> None:
-        if every < 1:
-            raise ValueError(f"callbacks.checkpoints.every must be at least 1 update; got {every}. Raise it.")
-        self.folder, self.every, self.monitor = Path(folder), every, monitor
+    def __init__(self, *, folder: str, every: int, keep: int, beside_training: bool, monitor: str) -> None:
+        for name, value, unit in (("every", every, "update"), ("keep", keep, "checkpoint")):
+            if value < 1:
+                raise ValueError(
+                    f"callbacks.checkpoints.{name} must be at least 1 {unit}; got {value}. Raise it."
+                )
+        self.folder, self.every, self.keep, self.monitor = Path(folder), every, keep, monitor
+        self.beside_training = beside_training
         self.best_score: float | None = None
         self.saved_update = -1
+        self._writing: Writing | None = None
+
+    @property
+    def held(self) -> CheckpointFolder:
+        """What is in the folder."""
+        return CheckpointFolder(self.folder, self.keep)
 
     @property
     def last(self) -> Path:
-        return self.folder / "last.ckpt"
+        return self.held.last
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
+        if self.beside_training and not getattr(trainer.strategy, "in_parts", True):
+            raise ValueError(
+                "a whole checkpoint of slices fills the CPU memory of one process, and is not copied once more; got "
+                "callbacks.checkpoints.beside_training=true. Set trainer.strategy.checkpoint=sharded."
+            )
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         with pl_module.ranks.together():
             if trainer.is_global_zero:
+                self.held.prepare()
                 self._check_room(pl_module)
 
     def _check_room(self, pl_module: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = COPIES - len(list(self.folder.glob("*.ckpt")))
-        needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(self.folder).free
+        missing, folder = self.held.most - self.held.count(), self.folder
+        needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(
-                f"checkpoints need {needed / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB free; "
-                "make room, or set output=FOLDER on another disk"
+                f"checkpoints need {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free; make room, keep fewer "
+                "(callbacks.checkpoints.keep), or set output=FOLDER on another disk"
             )
 
     def on_train_batch_end(
@@ -88,23 +133,45 @@ class Checkpoints(Checkpoint):
         improved = score is not None and (self.best_score is None or score > self.best_score)
         if improved:
             self.best_score = score
-            self.save(trainer, pl_module, self.folder / "best.ckpt")
-        if pl_module.update % self.every == 0 or trainer.should_stop:  # the last update asks to stop, too
-            self.save(trainer, pl_module, self.last)
-            self.saved_update = pl_module.update
+        # The last update asks to stop, too.
+        if improved or pl_module.update % self.every == 0 or trainer.should_stop:
+            self.save(trainer, pl_module, best=improved)
 
-    def save(self, trainer: Trainer, pl_module: Any, path: Path) -> None:
+    def save(self, trainer: Trainer, pl_module: Any, *, best: bool) -> None:
         """Write a checkpoint, with the state of the optimizer; a full disk is an error of all processes."""
+        self.finish(pl_module)
         # What Trainer.save_checkpoint does, but for its barrier, in which the others would wait for one that failed.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        with pl_module.ranks.together():
-            trainer.strategy.save_checkpoint(checkpoint, path)
+        update = pl_module.update
+        place = Path(pl_module.ranks.gathered(str(self.held.place(update)))[0])
+        if self.beside_training:
+            writes = trainer.is_global_zero or getattr(trainer.strategy, "in_parts", False)
+            content = copied(checkpoint) if writes else {}
+            self._writing = Writing(partial(self._write, trainer, content, place, update, best))
+        else:
+            with pl_module.ranks.together():
+                self._write(trainer, checkpoint, place, update, best)
+        self.saved_update = update
+
+    def _write(
+        self, trainer: Trainer, checkpoint: dict[str, Any], place: Path, update: int, best: bool
+    ) -> None:
+        trainer.strategy.save_checkpoint(checkpoint, place)
+        if trainer.is_global_zero:
+            self.held.settle(place, update, best=best)
+
+    def finish(self, pl_module: Any) -> None:
+        """Wait until the checkpoint that is being written has its name, and raise what went wrong, in all processes."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with pl_module.ranks.together():
+                writing.finish()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A stop asked for between two updates comes after the last chance to save."""
         if self.saved_update != pl_module.update:
-            self.save(trainer, pl_module, self.last)
-            self.saved_update = pl_module.update
+            self.save(trainer, pl_module, best=False)
+        self.finish(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the updates that were done before an error; resuming repeats the one that failed, bit for bit.
@@ -113,16 +180,26 @@ class Checkpoints(Checkpoint):
         error and would be waited for: then last.ckpt stays what it was.
         """
         known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
-        unsaved = pl_module.update > 0 and pl_module.update != self.saved_update
-        if unsaved and pl_module.whole and isinstance(exception, Exception) and known:
-            self.save(trainer, pl_module, self.last)
-            self.saved_update = pl_module.update
+        if not isinstance(exception, Exception) or not known:
+            return
+        self.finish(pl_module)
+        if pl_module.update > 0 and pl_module.update != self.saved_update and pl_module.whole:
+            self.save(trainer, pl_module, best=False)
+            self.finish(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of this moment, its tensors and slices in CPU memory."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))  # torch 2.11 can use each once
+    found: Any = stager.stage(checkpoint)
+    stager.close()
+    return dict(found)
 
 
 def checkpoint_bytes(module: Any) -> int:

@@ -197,7 +197,7 @@ def check_folder(config: DictConfig) -> None:
     """Raise ValueError for a new run where one has its checkpoints already."""
     checkpoints = config.callbacks.get("checkpoints")
     last = None if checkpoints is None else Path(str(checkpoints.folder)) / "last.ckpt"
-    if last is not None and config.resume is None and last.is_file():
+    if last is not None and config.resume is None and last.exists():
         raise ValueError(
             f"{short(last.parent.parent)} holds a run already: two runs would have one name. Go on with it by "
             f"resume={short(last)}, or choose another output"
@@ -361,7 +361,7 @@ def resume_line(trainer: Any, module: Any) -> str:
     from stage.training_checkpoint import read_training_checkpoint
 
     last = trainer.checkpoint_callback.last if trainer.checkpoint_callback else None
-    if last is None or not last.is_file():
+    if last is None or not last.exists():
         return "nothing was saved, so there is nothing to resume"
     saved = read_training_checkpoint(last)["update"]
     own = [item.path for item in HydraConfig.get().runtime.config_sources if item.provider == "command-line"]

@@ -134,7 +134,7 @@ def remaining(task: Task) -> str | None:
     settings = task.settings()
     checkpoints = settings["callbacks"].get("checkpoints")
     last = Path(checkpoints["folder"]) / "last.ckpt" if checkpoints else None
-    if last is None or not last.is_file():
+    if last is None or not last.exists():
         return ""
     from stage.training_checkpoint import read_training_checkpoint  # torch takes seconds
 

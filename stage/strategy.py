@@ -3,14 +3,16 @@
 `single` is Lightning's own for one process. `ddp` gives every process all weights and averages gradients. `fsdp` slices
 weights, gradients and optimizer over the processes.
 
-Checkpoints are of one format, whatever the strategy and the number of processes: the first process writes all of it.
+A checkpoint is one file that the first process writes or, under `fsdp`, a folder that every process writes its part of.
+Either goes on under any strategy, with any number of processes.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -28,9 +30,11 @@ from stage.policy.lora import AdaptersOff
 from stage.policy.rollout_weights import whole
 from stage.policy.sharded import computed_in, shard
 from stage.ranks import ALONE, Ranks, connect, divide
+from stage.sharded_checkpoint import Joined, Moments, write_sharded
 from stage.training_checkpoint import trained_names
 
 ROLLOUTS = ("copy", "layers")
+CHECKPOINTS = ("sharded", "whole")
 IDLE = ("model.model.vision_model.", "model.model.aligner.", "model.model.vqmodel.")
 OF_THE_FIRST = (
     "output",
@@ -69,17 +73,21 @@ class Sharded(ModelParallelStrategy):
         cpu_offload: keep the slices in CPU memory, and take the optimizer's step there.
         rollout: `copy` gathers all weights once before a rollout, into the storage that the sampler reads; `layers`
             gathers each layer whenever it is read, which is slow and needs no room.
+        checkpoint: `sharded` has every process write its slices into one folder; `whole` gathers them in the CPU memory
+            of the first process, which writes one file.
 
-    Raises ValueError for another rollout.
+    Raises ValueError for another rollout or checkpoint.
     """
 
-    def __init__(self, *, timeout_seconds: float, cpu_offload: bool, rollout: str) -> None:
-        if rollout not in ROLLOUTS:
-            raise ValueError(
-                f"trainer.strategy.rollout must be {' or '.join(ROLLOUTS)}; got {rollout!r}. Name one of them."
-            )
+    def __init__(self, *, timeout_seconds: float, cpu_offload: bool, rollout: str, checkpoint: str) -> None:
+        for name, value, known in (("rollout", rollout, ROLLOUTS), ("checkpoint", checkpoint, CHECKPOINTS)):
+            if value not in known:
+                raise ValueError(
+                    f"trainer.strategy.{name} must be {' or '.join(known)}; got {value!r}. Name one of them."
+                )
         super().__init__(save_distributed_checkpoint=False, timeout=limit(timeout_seconds))
         self.timeout_seconds, self.cpu_offload, self.rollout = timeout_seconds, cpu_offload, rollout
+        self.in_parts, self._saving = checkpoint == "sharded", ALONE
 
     def setup_environment(self) -> None:
         self._tensor_parallel_size, self._data_parallel_size = 1, self.num_nodes * self.num_processes
@@ -90,6 +98,7 @@ class Sharded(ModelParallelStrategy):
         dtype = computed_in(policy)
         gathered = Gathered(policy, dtype, copied=self.rollout == "copy")
         mesh = self.device_mesh["data_parallel"]
+        self._saving = connect(self.global_rank, self.world_size, 1, limit(self.timeout_seconds))
         shard(policy, mesh, dtype, offload=self.cpu_offload)
         if reference is not None and not isinstance(reference, AdaptersOff):
             shard(reference, mesh, dtype, offload=reference_on_cpu)
@@ -105,13 +114,13 @@ class Sharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, whole, in CPU memory of the first process."""
+        """What is trained: slices, or whole in CPU memory of the first process."""
         module: Any = self.lightning_module
         state = module.policy.state_dict()
         return {f"policy.{name}": self._whole(state[name]) for name in sorted(trained_names(module.policy))}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As `Optimizer.state_dict()` of one process, in CPU memory of the first."""
+        """As `Optimizer.state_dict()`: of slices, or of one process in CPU memory of the first."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         found: dict[str, Any] = inner.state_dict()
         states = {
@@ -121,11 +130,20 @@ class Sharded(ModelParallelStrategy):
         return {**found, "state": states}
 
     def _whole(self, value: Any) -> Any:
-        """A value whole; of the others than the first process, which do not write, nothing of a slice is kept."""
-        if not isinstance(value, DTensor):
+        """A value whole, gathered by itself; of the other processes, which do not write, nothing of a slice is kept."""
+        if self.in_parts or not isinstance(value, DTensor):
             return value
         full = whole(value, value.dtype, self.root_device)
         return full.cpu() if self.is_global_zero else full.new_empty(0)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """All processes call it."""
+        if self.in_parts:
+            write_sharded(checkpoint, Path(filepath), self._saving)
+        elif self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         found: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
@@ -133,20 +151,41 @@ class Sharded(ModelParallelStrategy):
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each process takes its slice of whole weights; `StageModule` has compared the names."""
+        """Each process takes its slice; `StageModule` has compared the names."""
         module: Any = self.lightning_module
-        state = module.state_dict()
-        for name, value in checkpoint["state_dict"].items():
+        state, saved = module.state_dict(), checkpoint["state_dict"]
+        if isinstance(saved, Joined):
+            with self._saving.together():
+                saved.parts.fill({name: state[name] for name in saved.parts.names}, self._saving)
+            saved = saved.plain
+        for name, value in saved.items():
             state[name].copy_(sliced(value, state[name]))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            states = {
-                number: {name: sliced(value, parameters[number]) for name, value in state.items()}
-                for number, state in saved["state"].items()
-            }
+            if isinstance(saved["state"], Moments):
+                states = self._moments(saved["state"], parameters)
+            else:
+                states = {
+                    number: {name: sliced(value, parameters[number]) for name, value in state.items()}
+                    for number, state in saved["state"].items()
+                }
             optimizer.load_state_dict({**saved, "state": states})
+
+    def _moments(self, saved: Moments, parameters: Sequence[Tensor]) -> dict[int, dict[str, Any]]:
+        """This process's slices of a folder, and what is not sliced."""
+        slices = {
+            key: torch.empty_like(parameters[number], dtype=saved.parts.dtype(key))
+            for number, names in saved.sliced.items()
+            for key in names.values()
+        }
+        with self._saving.together():
+            saved.parts.fill(slices, self._saving)
+        return {
+            number: {**plain, **{value: slices[key] for value, key in saved.sliced[number].items()}}
+            for number, plain in saved.plain.items()
+        }
 
 
 def sliced(value: Any, like: Tensor) -> Any:

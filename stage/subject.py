@@ -7,7 +7,6 @@ alone. Finding a subject costs a hash; its weights are loaded when images must b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from stage.paths import configured_folder, resolve
 from stage.policy.adapter_files import CONFIG, read_adapter
 from stage.policy.janus import JanusPolicy
-from stage.training_checkpoint import check_base, load_trained, read_training_checkpoint, weights_sha256
+from stage.sharded_checkpoint import RECORD, is_sharded
+from stage.training_checkpoint import (
+    check_base,
+    checkpoint_sha256,
+    load_trained,
+    read_training_checkpoint,
+    weights_sha256,
+)
 
 RECORDED = ("model", "sampler")  # groups that a training checkpoint brings with it
 
@@ -104,7 +110,7 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     Raises FileNotFoundError for a path without a model, ValueError for a damaged one.
     """
     path = None if config.checkpoint is None else resolve(str(config.checkpoint))
-    if path is None or path.is_dir():
+    if path is None or (path.is_dir() and not is_sharded(path)):
         model, sampler = (_plain(config[group]) for group in RECORDED)
         base = _folder(model if path is None else _without_adapter(model))
         tuned = None if path is None else _tuned(model, path)
@@ -112,7 +118,7 @@ def find_subjects(config: DictConfig, overrides: Sequence[str]) -> Subjects:
     trained = read_training_checkpoint(path)
     model, sampler = (recorded(group, config, trained["config"], overrides) for group in RECORDED)
     stamp = _stamp(path)  # before the hash: a change in between is found too
-    tuned = Subject(str(path), _file_sha256(path), model, path, int(trained["update"]), stamp)
+    tuned = Subject(str(path), checkpoint_sha256(path), model, path, int(trained["update"]), stamp)
     base = _folder(_without_adapter(model))
     return Subjects(base, tuned, sampler, trained["config"], trained.get("reward"))
 
@@ -176,11 +182,6 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """When a file was last written, in nanoseconds, and its size in bytes."""
-    status = path.stat()
+    """When a checkpoint, of a folder its record, was written, in nanoseconds, and its size in bytes."""
+    status = (path / RECORD if path.is_dir() else path).stat()
     return status.st_mtime_ns, status.st_size
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """What a training checkpoint holds, and how it is written and read without surprises.
 
-A checkpoint is Lightning's file of tensors and plain containers (it loads with `weights_only=True`), to which
-`StageModule` adds
+A checkpoint is Lightning's file of tensors and plain containers (it loads with `weights_only=True`), or the same in a
+folder that several processes write (`stage.sharded_checkpoint`), to which `StageModule` adds
 
     update      rollouts done so far, int
     config      the composed configuration, a plain dict
@@ -22,14 +22,17 @@ import io
 import os
 import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from stage.checkpoint_folder import others
+from stage.sharded_checkpoint import RECORD, WEIGHTS, is_sharded, read_sharded, sync
 
 POLICY = "policy."  # prefix of the policy's entries in `state_dict`
 REQUIRED = ("state_dict", "update", "config", "overrides", "base", "random")
@@ -48,6 +51,11 @@ def weights_sha256(folder: str | Path) -> str:
             f"a model folder must hold *.safetensors or pytorch_model*.bin files; {folder} holds none. "
             "Check `model.path`."
         )
+    return _digest(files)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """sha256 over names and bytes of files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
@@ -58,26 +66,60 @@ def weights_sha256(folder: str | Path) -> str:
 
 
 def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a training checkpoint to CPU memory, mapped from the file, so that only what is used is read.
+    """Load a training checkpoint, a file or a folder, to CPU memory, so that only what is used is read.
 
-    Raises FileNotFoundError for a missing file and ValueError for one that is damaged or not ours.
+    A file is mapped. Of a folder, `state_dict` and the state of an optimizer are mappings that put whole tensors
+    together when they are asked for.
+
+    Raises FileNotFoundError for a missing one and ValueError for one that is damaged or not ours, with the name of the
+    latest that can be read beside it.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise FileNotFoundError(f"a checkpoint must be an existing file; {path} is not one. Check the path.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _read(path)
+    except ValueError as error:
+        raise ValueError(f"{error} {_another(path)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = (
+            read_sharded(path)
+            if is_sharded(path)
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"checkpoint {path} is damaged or not a checkpoint. Use another one, for example best.ckpt beside it."
-        ) from error
+        reason = f": {error}" if path.is_dir() else ""
+        raise ValueError(f"checkpoint {path} is damaged or not a checkpoint{reason}.") from error
     missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(
             f"a training checkpoint must hold {', '.join(REQUIRED)}; {path} lacks {', '.join(missing)}. "
-            "Give a file that train.py wrote."
+            "Give one that train.py wrote."
         )
     return checkpoint
+
+
+def _another(path: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    unreadable = []
+    for other in others(path):
+        try:
+            return f"Use another one: {other} holds update {_read(other)['update']}."
+        except ValueError:
+            unreadable.append(other.name)
+    told = f": {', '.join(unreadable)} cannot be read either" if unreadable else ""
+    return f"No other one that can be read lies beside it{told}."
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """sha256 of a checkpoint's file, or over the record and the weights, names and bytes, of a folder."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return _digest([path / RECORD, *sorted((path / WEIGHTS).iterdir())])
 
 
 def check_base(checkpoint: Mapping[str, Any], base: Mapping[str, str]) -> None:
@@ -108,13 +150,11 @@ def load_trained(policy: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
     Raises ValueError when the checkpoint trained other parameters than this policy trains.
     """
-    state = {
-        name.removeprefix(POLICY): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(POLICY)
-    }
-    check_names(state.keys(), trained_names(policy))
-    policy.load_state_dict(state, strict=False)
+    saved: Mapping[str, Tensor] = checkpoint["state_dict"]
+    names = {name.removeprefix(POLICY): name for name in saved if name.startswith(POLICY)}
+    check_names(names.keys(), trained_names(policy))
+    for name, key in names.items():  # one by one, so that no more than one of them is in memory
+        policy.load_state_dict({name: saved[key]}, strict=False)
 
 
 def check_names(saved: Any, expected: Any) -> None:
@@ -175,8 +215,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

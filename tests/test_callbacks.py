@@ -82,6 +82,8 @@ def checkpoints(folder: Path, **changes: Any) -> Checkpoints:
     arguments: dict[str, Any] = {
         "folder": str(folder / "checkpoints"),
         "every": 2,
+        "keep": 1,
+        "beside_training": False,
         "monitor": "validation/strict",
     }
     return Checkpoints(**(arguments | changes))

@@ -34,7 +34,9 @@ def rarely(
     folder: Path, module: StageModule, *callbacks: Callback, resume: Path | None = None
 ) -> StageModule:
     """Train with a checkpoint at the end alone."""
-    keep = Checkpoints(folder=str(folder / "checkpoints"), every=100, monitor="none")
+    keep = Checkpoints(
+        folder=str(folder / "checkpoints"), every=100, keep=1, beside_training=False, monitor="none"
+    )
     tiny_trainer(folder, [*callbacks, keep], [MetricsFile(folder)]).fit(
         module, ckpt_path=resume, weights_only=True
     )

@@ -16,6 +16,7 @@ import pytest
 
 import evaluate
 from tests.evaluation_world import World, make_world, run_command, write_run
+from tests.sliced import slice_up
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,6 +122,16 @@ def test_another_checkpoint_of_the_run_shares_the_base(world: World, monkeypatch
     assert names == ["base", "best", "last"]
     assert results(world.run / "evaluation" / "best")["timing"]["base"]["images"] == 0
     assert results(world.run / "evaluation" / "best")["timing"]["tuned"]["images"] == 4
+
+
+def test_a_checkpoint_in_parts_has_the_scores_of_one_file(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = slice_up(world.checkpoint, world.run / "checkpoints" / "parts.ckpt", tmp_path / "results")
+    for checkpoint in (world.checkpoint, parts):
+        assert run(world, monkeypatch, f"checkpoint={checkpoint}", "splits=[heldout]") is None
+    one, two = (results(world.run / "evaluation" / name) for name in ("last", "parts"))
+    assert one["scores"] == two["scores"] and two["timing"]["base"]["images"] == 0
 
 
 def test_the_base_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
@@ -19,10 +20,12 @@ from stage.policy.layout import MULTI_MODALITY, open_folder
 from stage.policy.lora import Lora
 from stage.policy.sampler import Sampler
 from stage.policy.weights import Weights
+from stage.sharded_checkpoint import WEIGHTS, Parts
 from stage.subject import find_subjects
 from stage.training_checkpoint import read_training_checkpoint, weights_sha256
 from tests.evaluation_world import SAMPLER, World, make_world, model, run_command
 from tests.policy.conftest import PLAIN
+from tests.sliced import slice_up
 from tests.tiny_training import FROZEN, Redness, tiny_module, tiny_trainer
 
 ADAPTER = {
@@ -145,6 +148,29 @@ def test_the_adapter_alone(world: World, lora: Path, tmp_path: Path, monkeypatch
     assert run(monkeypatch, *small, f"checkpoint={output}", f"output={tmp_path / 'merged'}") is None
     again = load_policy(str(tmp_path / "merged"), PLAIN, "float32", (), False)
     torch.testing.assert_close(scores(again), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+def test_a_checkpoint_in_parts_gives_the_same_weights_without_its_optimizer(
+    world: World, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    parts = slice_up(lora, tmp_path / "last.ckpt", tmp_path / "results")
+    whole, read = Parts.whole, []
+
+    def watched(self: Parts, name: str) -> Tensor:
+        read.append(self.folder.name)
+        return whole(self, name)
+
+    monkeypatch.setattr(Parts, "whole", watched)
+    for name, checkpoint in (("one", lora), ("two", parts)):
+        output = tmp_path / name
+        assert run(monkeypatch, f"checkpoint={checkpoint}", f"output={output}", f"form={form}") is None
+    assert read and set(read) == {WEIGHTS}
+    files = sorted((tmp_path / "one").glob("*.safetensors"))
+    assert files
+    for file in files:
+        one, two = load_file(file), load_file(tmp_path / "two" / file.name)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_types_of_the_base_unless_asked(

@@ -47,7 +47,9 @@ def fit(
     folder: Path, module: StageModule, *callbacks: Callback, resume: Path | None = None, **trainer: Any
 ) -> StageModule:
     """Train with checkpoints after every update and metrics in `folder`."""
-    keep = Checkpoints(folder=str(folder / "checkpoints"), every=1, monitor="reward/mean")
+    keep = Checkpoints(
+        folder=str(folder / "checkpoints"), every=1, keep=1, beside_training=False, monitor="reward/mean"
+    )
     found = tiny_trainer(folder, [*callbacks, keep], [MetricsFile(folder)], **trainer)
     found.fit(module, ckpt_path=resume, weights_only=True)
     return module
@@ -324,7 +326,9 @@ def test_a_run_that_was_killed_repeats_what_was_not_saved(base: Path, tmp_path: 
                 raise RuntimeError("killed")
 
     module = resumable(base, 4)
-    keep = Checkpoints(folder=str(folder / "checkpoints"), every=2, monitor="none")
+    keep = Checkpoints(
+        folder=str(folder / "checkpoints"), every=2, keep=1, beside_training=False, monitor="none"
+    )
     trainer = tiny_trainer(folder, [Kill(), keep], [MetricsFile(folder)])
     with pytest.raises(RuntimeError, match="killed"):
         trainer.fit(module)

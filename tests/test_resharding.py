@@ -18,6 +18,14 @@ from tests.test_strategy import DDP, FSDP
 from tests.tiny_training import Redness, objective, tiny_base, tiny_module, tiny_policy, tiny_trainer
 
 UPDATES = 4
+WHOLE = FSDP | {"checkpoint": "whole"}
+# What the first half saves, and what the second half and the uninterrupted run would save.
+KINDS = {
+    "ddp": (DDP, DDP),
+    "parts": (FSDP, FSDP),
+    "whole to parts": (WHOLE, FSDP),
+    "parts to whole": (FSDP, WHOLE),
+}
 WAYS: tuple[tuple[str, Any, int], ...] = (
     ("alone", None, 1),
     ("fsdp", FSDP, 2),
@@ -33,7 +41,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    base: Path, folder: Path, strategy: Any, updates: int, resume: Path | None = None, noise: float = 0.0
+    base: Path,
+    folder: Path,
+    strategy: Any,
+    updates: int,
+    resume: Path | None = None,
+    noise: float = 0.0,
+    beside: bool = False,
 ) -> dict[str, Any]:
     """Weights, and moments of the optimizer, after `updates`, with last.ckpt in `folder`."""
     torch.manual_seed(1 if resume is None else 99)
@@ -46,7 +60,7 @@ def train(
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         updates=updates,
     )
-    keep = Checkpoints(folder=str(folder), every=2, monitor="none")
+    keep = Checkpoints(folder=str(folder), every=2, keep=1, beside_training=beside, monitor="none")
     changes = {} if strategy is None else {"strategy": strategy, "devices": int(os.environ["WORLD_SIZE"])}
     trainer = tiny_trainer(folder, [keep], [], **changes)
     trainer.fit(module, ckpt_path=resume, weights_only=True)
@@ -57,22 +71,30 @@ def train(
     }
 
 
-def again(base: Path, folder: Path, strategy: Any, noise: float) -> list[dict[str, Any]]:
+def again(
+    base: Path, folder: Path, kinds: tuple[Any, Any], noise: float, beside: bool
+) -> list[dict[str, Any]]:
     """All updates at once, and in two halves."""
-    one = train(base, folder / "whole", strategy, UPDATES, noise=noise)
-    train(base, folder / "cut", strategy, UPDATES // 2, noise=noise)
-    return [one, train(base, folder / "cut", strategy, UPDATES, folder / "cut" / "last.ckpt", noise)]
+    half, rest = kinds
+    one = train(base, folder / "whole", rest, UPDATES, None, noise)
+    train(base, folder / "cut", half, UPDATES // 2, None, noise, beside)
+    last = folder / "cut" / "last.ckpt"
+    return [one, train(base, folder / "cut", rest, UPDATES, last, noise, beside)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp"])
-def test_as_many_processes_go_on_bit_for_bit(base: Path, tmp_path: Path, strategy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "beside"), [*((kind, False) for kind in KINDS), ("ddp", True), ("parts", True)]
+)
+def test_as_many_processes_go_on_bit_for_bit(base: Path, tmp_path: Path, kind: str, beside: bool) -> None:
     """The reward draws noise from torch's generator, whose state is saved for each process."""
-    for one, two in run(2, tmp_path, again, base, tmp_path / "runs", strategy, 0.3):
+    for one, two in run(2, tmp_path, again, base, tmp_path / "runs", KINDS[kind], 0.3, beside):
         for part in ("weights", "moments"):
             assert largest_gap(one[part], two[part]) == 0.0
-    saved = read_training_checkpoint(tmp_path / "runs" / "cut" / "last.ckpt")
+    last = tmp_path / "runs" / "cut" / "last.ckpt"
+    saved = read_training_checkpoint(last)
     assert saved["update"] == UPDATES and len(saved["processes"]) == 2
+    assert last.is_dir() == (KINDS[kind][1] is FSDP)
 
 
 @pytest.mark.slow
@@ -81,7 +103,7 @@ def test_any_number_of_processes_goes_on(base: Path, tmp_path: Path) -> None:
     one = train(base, tmp_path / "one", None, UPDATES)
     train(base, tmp_path / "half", None, UPDATES // 2)
     begun = {"alone": tmp_path / "half" / "last.ckpt"}
-    for name, kind in (("ddp", DDP), ("fsdp", FSDP)):
+    for name, kind in (("ddp", DDP), ("fsdp", FSDP), ("fsdp whole", WHOLE)):
         folder = tmp_path / name
         run(2, folder / "results", train, base, folder, kind, UPDATES // 2)
         begun[name] = folder / "last.ckpt"

@@ -12,7 +12,13 @@ from tests.processes import run
 from tests.tiny_training import tiny_base
 
 DDP = {"_target_": "stage.strategy.Replicated", "timeout_seconds": 60}
-FSDP = {"_target_": "stage.strategy.Sharded", "timeout_seconds": 60, "cpu_offload": False, "rollout": "copy"}
+FSDP = {
+    "_target_": "stage.strategy.Sharded",
+    "timeout_seconds": 60,
+    "cpu_offload": False,
+    "rollout": "copy",
+    "checkpoint": "sharded",
+}
 BASIC = [
     Case("grpo"),
     Case("stage"),

@@ -14,6 +14,7 @@ from stage.subject import choose_device, find_subjects
 from stage.training_checkpoint import POLICY, read_training_checkpoint, weights_sha256
 from tests.evaluation_world import SAMPLER, World, make_world, model, write_run
 from tests.policy.tiny_model import build_tiny_janus
+from tests.sliced import slice_up
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,20 @@ def test_a_training_checkpoint_brings_its_weights(world: World) -> None:
         if name.endswith("q_proj.weight") and "language_model" in name:
             assert not torch.equal(value, before[name])
     assert not tuned.training and not any(parameter.requires_grad for parameter in tuned.parameters())
+
+
+def test_a_checkpoint_in_parts_is_the_same_model(world: World, tmp_path: Path) -> None:
+    """A folder is a checkpoint, not a model, and may not change between its hash and its use either."""
+    parts = slice_up(world.checkpoint, tmp_path / "last.ckpt", tmp_path / "results")
+    one, two = (find_subjects(config(world, str(path)), []) for path in (world.checkpoint, parts))
+    assert one.tuned is not None and two.tuned is not None
+    assert (two.tuned.update, two.tuned.model, two.sampler) == (12, one.tuned.model, one.sampler)
+    assert two.base.sha256 == one.base.sha256 and two.tuned.sha256 != one.tuned.sha256
+    state = two.tuned.load(CPU).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in one.tuned.load(CPU).state_dict().items())
+    torch.save(torch.load(parts / "record.pt", weights_only=True) | {"update": 13}, parts / "record.pt")
+    with pytest.raises(ValueError, match=r"has changed since it was hashed"):
+        two.tuned.load(CPU)
 
 
 def test_settings_of_the_checkpoint_count_unless_the_command_line_changes_them(world: World) -> None:

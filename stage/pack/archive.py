@@ -94,7 +94,7 @@ def _part(
             before, run = stream.tell(), waiting.pop(0)
             for member in members(run, run.name in beginnings):
                 archive.add(member, member.relative_to(output).as_posix(), recursive=False)
-            if run.name in weights and (run.folder / LAST).is_file():
+            if run.name in weights and (run.folder / LAST).exists():
                 name = (run.folder / LAST).relative_to(output).as_posix()
                 _add(archive, name, trained_weights(run.folder / LAST))
             stream.flush()
@@ -120,6 +120,7 @@ def members(run: PackedRun, beginning: bool) -> Iterator[Path]:
 def trained_weights(checkpoint: Path) -> bytes:
     """A checkpoint that can be evaluated and not resumed."""
     kept: dict[str, Any] = {k: v for k, v in read_training_checkpoint(checkpoint).items() if k not in DROPPED}
+    kept["state_dict"] = dict(kept["state_dict"])
     buffer = io.BytesIO()
     torch.save(kept, buffer)
     return buffer.getvalue()

@@ -102,7 +102,7 @@ def next_step(run: PackedRun, programs: Path) -> Step | None:
     last, record = run.folder / LAST, read_record(run.folder)
     if record.get("evaluated") == _evaluated(run):
         return None
-    done = read_training_checkpoint(last)["update"] if last.is_file() else 0
+    done = read_training_checkpoint(last)["update"] if last.exists() else 0
     python = (sys.executable, "-u")
     if done < run.updates:
         same = f"updates={run.updates}"

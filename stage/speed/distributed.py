@@ -4,6 +4,8 @@
     python -m stage.speed.distributed --overhead --size 1b --output FILE      # the wrappers, one process
     python -m stage.speed.distributed --table --output FILE                   # all that FILE holds
 
+`--checkpoint whole|sharded`, with `--beside` by a thread, saves after each update into a folder beside FILE.
+
 Every run appends to FILE (JSON); the table has seconds an update, processor time of a process, shares, memory, and weak
 scaling: images a second and process against the run of one process that is otherwise the same. `--size shipped` is the
 tiny Janus of the package. `stage.speed.scaling` measures two processes against one.
@@ -15,6 +17,7 @@ import argparse
 import gc
 import json
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
+from stage.checkpoints import AtomicCheckpointIO
 from stage.data import PromptStream
 from stage.module import StageModule
 from stage.optimizer import MasterAdamW
@@ -36,6 +40,7 @@ from stage.processes import started
 from stage.speed.machine import describe
 from stage.speed.models import LANGUAGE, SHIPPED, build_policy, shipped_prompts, speed_prompts
 from stage.speed.rollout import GUIDANCE
+from stage.speed.saves import Saves
 from stage.speed.training import ADAM, FROZEN, LORA, brightness, stage_objective
 from stage.strategy import Replicated, Sharded
 from stage.types import Prompt
@@ -61,6 +66,8 @@ class Run:
     seed: int
     rollout: str
     offload: bool
+    checkpoint: str | None
+    beside: bool
 
 
 class Rows(Callback):
@@ -105,7 +112,10 @@ def reserved(device: torch.device) -> dict[str, float]:
 def strategy_of(run: Run) -> Any:
     """The strategy of a run, for Lightning's trainer."""
     if run.strategy == "fsdp":
-        return Sharded(timeout_seconds=TIMEOUT, cpu_offload=run.offload, rollout=run.rollout)
+        checkpoint = run.checkpoint or "sharded"
+        return Sharded(
+            timeout_seconds=TIMEOUT, cpu_offload=run.offload, rollout=run.rollout, checkpoint=checkpoint
+        )
     return Replicated(timeout_seconds=TIMEOUT) if run.strategy == "ddp" else "auto"
 
 
@@ -142,18 +152,20 @@ def module_of(run: Run, device: torch.device) -> StageModule:
     )
 
 
-def measure(run: Run, device: torch.device) -> dict[str, Any]:
-    """One run in this process and its peers; all of them must call it."""
+def measure(run: Run, device: torch.device, folder: Path) -> dict[str, Any]:
+    """One run in this process and its peers; all of them must call it. Checkpoints lie in `folder` meanwhile."""
     rows, processes = Rows(), started()
+    saves = Saves(folder / "checkpoints", run.beside) if run.checkpoint else None
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         strategy=strategy_of(run),
         devices=processes.here,
         num_nodes=processes.machines,
         max_epochs=-1,
-        callbacks=[rows],
+        callbacks=[rows, *([saves] if saves else [])],
+        plugins=[AtomicCheckpointIO()],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=saves is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -161,6 +173,10 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
     module = module_of(run, device)
     trainer.fit(module)
     found = asdict(run) | {"processes": processes.world} | summary(rows.rows)
+    if saves is not None:
+        found |= saves.summary()
+        if processes.rank == 0:
+            shutil.rmtree(saves.folder)
     del module, trainer
     gc.collect()
     if device.type == "cuda":
@@ -210,6 +226,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "images_per_second",
     ]
     columns += [*(f"{name}_share" for name in SHARES), "peak_gib", "reserved_gib"]
+    columns += ["checkpoint", "beside", "save_seconds"]
     lines = [[*columns, "weak_scaling", "loss_gap", "norm_gap"], ["---"] * (len(columns) + 3)]
     for row in results:
         efficiency, gaps = scaling(row, results), apart(row, results)
@@ -274,6 +291,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--rollout", choices=["copy", "layers"], default="copy")
     made.add_argument("--offload", action="store_true", help="slices in CPU memory")
+    made.add_argument(
+        "--checkpoint", choices=["whole", "sharded"], default=None, help="save after each update"
+    )
+    made.add_argument("--beside", action="store_true", help="a thread writes what is saved")
     made.add_argument("--overhead", action="store_true", help="each strategy in turn, in one process")
     made.add_argument("--turns", type=int, default=2, help="of --overhead")
     made.add_argument("--table", action="store_true", help="print what the file holds and stop")
@@ -298,7 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = []
         for name in names:
             shape = (options.size, options.layers, options.kind, name, total, options.group, options.updates)
-            found = measure(Run(*shape, options.seed, options.rollout, options.offload), device)
+            more = (options.seed, options.rollout, options.offload, options.checkpoint, options.beside)
+            found = measure(Run(*shape, *more), device, options.output.absolute().parent)
             runs.append(found)
             if processes.rank == 0:
                 append(options.output, found, device)
