@@ -73,6 +73,8 @@ class Checkpoints(Checkpoint):
 
     def _check_room(self, pl_module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*.ckpt.*"):  # half written when a run was killed
+            left.unlink()
         missing = COPIES - len(list(self.folder.glob("*.ckpt")))
         needed, free = max(1, missing) * checkpoint_bytes(pl_module), shutil.disk_usage(self.folder).free
         if free < needed:

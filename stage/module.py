@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from stage.data import PromptStream, UpdateNumbers
 from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
+from stage.loggers import UpdateLog
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
@@ -243,12 +244,12 @@ class StageModule(LightningModule):
         if self.update >= self.updates:
             self.trainer.should_stop = True
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [UpdateLog()]
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Callbacks have added theirs by now. `self.log` would repeat a validation in every later row, and
-        # counts optimizer steps; it still tells Lightning's own callbacks, early stopping for one.
-        for logger in self.trainer.loggers:
-            logger.log_metrics(self.latest, step=self.update)
-            logger.save()
+        # Told to Lightning's own callbacks, early stopping for one. The loggers have the row already: `self.log` would
+        # repeat a validation in every later row, and counts optimizer steps.
         self.log_dict(self.latest, logger=False)
 
     def _collect(self, watch: Stopwatch) -> Collected:
