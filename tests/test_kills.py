@@ -12,19 +12,20 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from hydra.utils import instantiate
 from lightning.pytorch import Callback
+from omegaconf import OmegaConf
 
 from stage.checkpoints import Checkpoints
 from stage.loggers import MetricsFile, read_metrics
 from stage.training_checkpoint import read_training_checkpoint
 from tests.killed_training import Job, checkpoints, complete, leftovers, pictures, rows, start
-from tests.tiny_training import tiny_base, tiny_module, tiny_trainer, tiny_world
+from tests.tiny_training import ROOT, tiny_base, tiny_module, tiny_trainer, tiny_world
 
 KILLS = 20
-UPDATES = 8
 TRIES = 20  # to hit a moment before the run is over, or a write before it is done
 SEED = 1  # of the moments; what a process is doing then differs from machine to machine
 SETTINGS = (
@@ -59,12 +60,21 @@ class Whole:
     timeline: list[float]
 
     def moment(self, share: float) -> tuple[int, float]:
-        """Rows before a moment at `share` of the run, and seconds after the last of them: on a busy machine a run is
-        as far then as on this one.
+        """Rows before a moment, and seconds after the last of them: on a busy machine a run is as far then as on this.
+
+        The first fifth of the shares is the time to the first row, whatever a start takes.
         """
-        seconds = share * self.timeline[-1]
+        first, end = self.timeline[0], self.timeline[-1]
+        seconds = 5 * share * first if share < 0.2 else first + (share - 0.2) / 0.8 * (end - first)
         done = bisect(self.timeline, seconds)
         return done, seconds - (self.timeline[done - 1] if done else 0.0)
+
+
+class Kind(NamedTuple):
+    """Who is killed, and whether while a checkpoint is written."""
+
+    ranks: tuple[int, ...]
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,11 @@ def uninterrupted(folder: Path, world: int, arguments: Sequence[str], updates: i
     return Whole(left, states, timeline)
 
 
+def warm(folder: Path) -> None:
+    """One update, so that the processes, which are forked, find everything imported and compiled."""
+    tiny_trainer(folder).fit(tiny_module(folder / "janus", updates=1))
+
+
 def reached(job: Job, moment: tuple[int, float]) -> Callable[[], bool]:
     """Whether a run has as many rows, and then that many seconds more."""
     since: list[float] = [] if moment[0] else [job.begun]
@@ -109,8 +124,8 @@ def reached(job: Job, moment: tuple[int, float]) -> Callable[[], bool]:
 
 def kill(job: Job, whole: Whole, moment: tuple[int, float], ranks: Sequence[int], *, writing: bool) -> Left | None:
     """Kill a run at a moment, or in the first write after it, and look at what is left; None if it ended before."""
-    hit = job.wait(reached(job, moment)) and (not writing or job.wait(lambda: job.writing))
-    if not hit or not job.kill(ranks):
+    due = job.wait(reached(job, moment)) and (not writing or job.wait(lambda: job.writing))
+    if not due or not job.kill(ranks):
         assert set(job.finish()) == {0}, job.said()
         return None
     found = checkpoints(job.folder / "run" / "checkpoints")
@@ -120,30 +135,91 @@ def kill(job: Job, whole: Whole, moment: tuple[int, float], ranks: Sequence[int]
     return Left(found["last.ckpt"]["update"] if found else 0, logged, leftovers(job.folder))
 
 
+def hit(
+    folder: Path, world: int, arguments: Sequence[str], whole: Whole, draw: Callable[[], float], kind: Kind
+) -> Left:
+    """A run in an empty folder, killed at `whole.moment(draw())`, again where nothing was hit."""
+    for _ in range(TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        moment = whole.moment(draw())
+        left = kill(start(folder, world, arguments), whole, moment, kind.ranks, writing=kind.writing)
+        if left is not None and (left.unfinished or not kind.writing):
+            print(f"{folder.name}: {moment[1]:.3f} s after row {moment[0]}, {kind}: {left}")
+            return left
+    raise AssertionError(f"nothing was hit in {TRIES} tries of {kind}")
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_as_if_nobody_had(tmp_path: Path) -> None:
     """A run each: every fifth is killed in the first write of a checkpoint after its moment, every third once more."""
-    arguments = [*tiny_world(tmp_path), *SETTINGS, f"updates={UPDATES}", "callbacks.checkpoints.every=1"]
-    tiny_trainer(tmp_path).fit(tiny_module(tmp_path / "janus", updates=1))  # compiled once, and not in each process
-    whole = uninterrupted(tmp_path, 1, arguments, UPDATES)
-    draw, found = random.Random(SEED), []
-    print(f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted")
+    updates = 8
+    arguments = [*tiny_world(tmp_path), *SETTINGS, f"updates={updates}", "callbacks.checkpoints.every=1"]
+    warm(tmp_path)
+    whole = uninterrupted(tmp_path, 1, arguments, updates)
+    random_ = random.Random(SEED)
+    print(f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row")
+    found = []
     for number in range(KILLS):
-        left, folder = None, tmp_path / str(number)
-        writing = number % 5 == 0
-        for _ in range(TRIES):
-            moment = whole.moment((number + draw.random()) / KILLS)
-            shutil.rmtree(folder, ignore_errors=True)
-            left = kill(start(folder, 1, arguments), whole, moment, [0], writing=writing)
-            if left is not None and (left.unfinished or not writing):
-                break
-        assert left is not None and left.logged - left.saved <= 1
+        folder, kind = tmp_path / str(number), Kind((0,), number % 5 == 0)
+        left = hit(folder, 1, arguments, whole, lambda n=number: (n + random_.random()) / KILLS, kind)
+        assert left.logged - left.saved <= 1
         found.append(left)
-        print(f"kill {number}: {moment[1]:.3f} s after row {moment[0]}, {left}")
         if number % 3 == 0:
-            again = kill(start(folder, 1, arguments), whole, (0, draw.random()), [0], writing=False)
-            print(f"        and again: {again}")
+            moment = 0, 1.5 * whole.timeline[0] * random_.random()
+            again = kill(start(folder, 1, arguments), whole, moment, (0,), writing=False)
+            print(f"   and again {moment[1]:.3f} s after its start: {again}")
         complete(folder, 1, arguments)
         assert everything(folder) == whole.left
     assert sum(bool(left.unfinished) for left in found) >= KILLS / 5
-    assert len({left.saved for left in found}) >= UPDATES / 2
+    assert len({left.saved for left in found}) >= updates / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_of_which_some_are_killed_go_on_as_if_nobody_had(tmp_path: Path, strategy: str) -> None:
+    """The first of two, the second, and both, one of them in a write; the other one has to see it and leave."""
+    updates, every = 6, 2
+    arguments = [*tiny_world(tmp_path), *SETTINGS, f"updates={updates}", f"callbacks.checkpoints.every={every}"]
+    arguments += [f"strategy={strategy}", "trainer.accelerator=cpu"]
+    warm(tmp_path)
+    whole = uninterrupted(tmp_path, 2, arguments, updates)
+    random_ = random.Random(SEED)
+    print(f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row")
+    for number, kind in enumerate((Kind((1,)), Kind((0,), True), Kind((0, 1)))):
+        folder = tmp_path / str(number)
+        left = hit(folder, 2, arguments, whole, lambda n=number: 0.2 + 0.8 * (n + random_.random()) / 3, kind)
+        assert left.logged - left.saved <= every
+        complete(folder, 2, arguments)
+        assert everything(folder) == whole.left
+
+
+class KillsAfterSave(Checkpoints):
+    """Kills its process as soon as the checkpoint of update 2 is whole."""
+
+    def save(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        super().save(trainer, pl_module, *args, **kwargs)
+        if pl_module.update == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_row_of_an_update_that_is_saved_is_there(tmp_path: Path) -> None:
+    """Nothing would write it any more: the run goes on with the update after it."""
+    base = tiny_base(tmp_path / "janus")
+    known: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "callbacks" / "default.yaml"))
+
+    def fit(kind: str, resume: Path | None = None) -> None:
+        settings = {"_target_": kind, "folder": str(tmp_path / "checkpoints"), "every": 1}
+        trainer = tiny_trainer(tmp_path, [instantiate({**known["checkpoints"], **settings})], [MetricsFile(tmp_path)])
+        trainer.fit(tiny_module(base), ckpt_path=resume, weights_only=True)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=fit, args=("tests.test_kills.KillsAfterSave",)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert read_training_checkpoint(last)["update"] == 2
+    assert [row["update"] for row in read_metrics(tmp_path / "metrics.csv")] == ["1", "2"]
+    fit("stage.checkpoints.Checkpoints", last)
+    assert [row["update"] for row in read_metrics(tmp_path / "metrics.csv")] == ["1", "2", "3"]
