@@ -9,12 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
+from stage.training_checkpoint import read_training_checkpoint, save, trained_names
 
 COPIES = 3  # checkpoints that exist at once: last, best, and the one being written
 
@@ -36,8 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        save(checkpoint, Path(path))
 
 
 class Checkpoints(Checkpoint):

@@ -108,9 +108,10 @@ class UpdateLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(pl_module.latest, step=pl_module.update)
-            logger.save()
+        with pl_module.ranks.together():  # the disk of the first process may be full
+            for logger in trainer.loggers:
+                logger.log_metrics(pl_module.latest, step=pl_module.update)
+                logger.save()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

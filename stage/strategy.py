@@ -203,7 +203,7 @@ def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str,
 def versions() -> dict[str, str]:
     """What must be alike in all processes: the program, by its hash, and the libraries that numbers come from."""
     return {
-        "stage": f"sha256 {program_sha256(Path(__file__).parents[1])}",
+        "stage": f"sha256 {program_sha256(Path(__file__).parents[1])[:16]}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,

@@ -1,4 +1,4 @@
-"""train.py in processes that are forked, so that a start costs a second, and killed at a moment; and what is left then."""
+"""train.py in forked processes, whose start takes a second, killed at a moment; and what is left then."""
 
 from __future__ import annotations
 
@@ -103,14 +103,19 @@ class Job:
 
 def start(folder: Path, world: int, arguments: Sequence[str]) -> Job:
     """The run of `folder`: from last.ckpt on if there is one, else from the start, with these arguments."""
-    folder.mkdir(parents=True, exist_ok=True)
-    context, port = multiprocessing.get_context("fork"), free_port()
     last = folder / "run" / "checkpoints" / "last.ckpt"
-    given = [*arguments[:2], f"resume={last}"] if last.exists() else [*arguments, f"output={folder / 'run'}"]
+    if last.exists():
+        return launch(folder, world, [*arguments[:2], f"resume={last}"])
+    return launch(folder, world, [*arguments, f"output={folder / 'run'}"])
+
+
+def launch(folder: Path, world: int, arguments: Sequence[str]) -> Job:
+    """train.py with these arguments alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context, port, begun = multiprocessing.get_context("fork"), free_port(), time.monotonic()
     found = [
-        context.Process(target=_child, args=(rank, world, port, folder, given)) for rank in range(world)
+        context.Process(target=_child, args=(rank, world, port, folder, arguments)) for rank in range(world)
     ]
-    begun = time.monotonic()
     for process in found:
         process.start()
     return Job(folder, found, begun)
@@ -164,3 +169,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def pictures(folder: Path) -> dict[str, bytes]:
     """The pictures of a run, by name."""
     return {file.name: file.read_bytes() for file in (folder / "run" / "images").glob("*.png")}
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, apart from times."""
+    held = checkpoints(folder / "run" / "checkpoints")
+    return {"rows": rows(folder), "pictures": pictures(folder), "unfinished": leftovers(folder), **held}

@@ -6,22 +6,26 @@ Real processes under torchrun. What torchrun says itself comes after the line, a
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from stage import processes
 from stage.training_checkpoint import read_training_checkpoint
-from tests.killed_training import complete, start
+from stage.types import Prompt, Scores
+from tests.killed_training import complete, everything, launch, start
 from tests.processes import free_port
-from tests.tiny_training import ROOT, tiny_world
+from tests.tiny_training import ROOT, Redness, tiny_world
 
 TORCHRUN = "torch/distributed/elastic"  # in each line that torchrun logs
 HINT = "(HYDRA_FULL_ERROR=1 shows where)"
@@ -32,6 +36,7 @@ SETTINGS = (
     "callbacks.checkpoints.every=1",
     "trainer.accelerator=cpu",
 )
+ROOM = 1 << 16  # bytes that a file may have; a checkpoint has a million
 LIMIT = 240  # seconds of a busy machine
 
 
@@ -77,9 +82,9 @@ class Ended:
         return first
 
 
-def torchrun(folder: Path, processes: int, script: Path, arguments: Sequence[str]) -> Ended:
+def torchrun(folder: Path, number: int, script: Path, arguments: Sequence[str]) -> Ended:
     """A program in several processes, as a user starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number)]
     command += ["--master-port", str(free_port()), str(script), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     begun = time.monotonic()
@@ -114,8 +119,8 @@ MISTAKES: dict[str, tuple[int, list[str], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_of_the_command_line_is_said_at_once(world: World, tmp_path: Path, mistake: str) -> None:
-    processes, overrides, message = MISTAKES[mistake]
-    ended = torchrun(tmp_path, processes, ROOT / "train.py", [*world.arguments, *overrides])
+    number, overrides, message = MISTAKES[mistake]
+    ended = torchrun(tmp_path, number, ROOT / "train.py", [*world.arguments, *overrides])
     assert message in ended.refused
 
 
@@ -129,11 +134,11 @@ def test_devices_that_are_not_there(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_one_process_goes_on_in_two(world: World, tmp_path: Path) -> None:
-    run = shutil.copytree(world.last.parent.parent, tmp_path / "run")
-    last = run / "checkpoints" / "last.ckpt"
-    arguments = [*world.arguments[:2], f"resume={last}", f"output={run}", "updates=2", "strategy=fsdp"]
-    ended = torchrun(tmp_path, 2, ROOT / "train.py", arguments)
-    assert ended.status == 0 and "2 updates done" in ended.output, ended
+    shutil.copytree(world.last.parent.parent, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    more = [f"resume={last}", f"output={tmp_path / 'run'}", "updates=2", "strategy=fsdp"]
+    job = launch(tmp_path, 2, [*world.arguments[:2], *more])
+    assert job.finish() == [0, 0] and "2 updates done" in job.said(), job.said()
     assert read_training_checkpoint(last)["update"] == 2
 
 
@@ -182,3 +187,74 @@ def test_processes_of_two_versions(world: World, tmp_path: Path) -> None:
     message = ended.refused
     assert message.startswith("error: all processes must run the same; stage is sha256 "), message
     assert " in process 0 and sha256 " in message and "in process 1. Start them from one" in message
+
+
+class Filling(Redness):
+    """From call `at` on leaves no room for a checkpoint on the disk of `folder`, or, of null, for its own process."""
+
+    def __init__(self, noise: float, at: int, folder: str | None) -> None:
+        super().__init__(noise)
+        self.at, self.folder, self.calls = at, folder, 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        self.calls += 1
+        if self.calls == self.at and self.folder is None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+        elif self.calls == self.at and os.environ["RANK"] == "0":
+            free = shutil.disk_usage(str(self.folder)).free
+            (Path(str(self.folder)) / "filler").write_bytes(bytes(free - ROOM))
+        return super().__call__(images, prompts)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory with room for a few checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(world: World, folder: Path, strategy: str, disk: Path | None) -> None:
+    """Four updates in two processes, of which the third finds no room for its checkpoint; then there is room."""
+    more = ["reward._target_=tests.test_bad_processes.Filling", f"strategy={strategy}", "updates=4"]
+    arguments = [*world.arguments, *more, f"+reward.folder={disk or 'null'}"]
+    complete(folder / "whole", 2, [*arguments, "+reward.at=0"])
+    cut = (disk or folder) / "cut"
+    job = start(cut, 2, [*arguments, "+reward.at=3"])
+    statuses = job.finish()
+    said = job.said()
+    print(f"{time.monotonic() - job.begun:.1f} s\n{said}")
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert statuses == [1, 1] and len(errors) == 1 and "Traceback" not in said, said
+    reason = "File too large" if disk is None else "No space left on device"
+    assert f"could not be written ({reason}). Make room; what was saved before is whole" in errors[0]
+    left = everything(cut)
+    assert left["last.ckpt"]["update"] == 2 and not left["unfinished"]
+    if disk is not None:
+        (disk / "filler").unlink()
+    more = [f"resume={cut / 'run' / 'checkpoints' / 'last.ckpt'}", "+reward.at=0"]
+    assert launch(cut, 2, [*arguments[:2], *more]).finish() == [0, 0]
+    assert everything(cut) == everything(folder / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(
+    world: World, tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may have no more bytes than ROOM."""
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)  # nobody ends the second process
+    fill(world, tmp_path, strategy, None)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_checkpoint_before(
+    world: World, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)
+    fill(world, tmp_path, "ddp", small_disk)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: no checkpoint is ever wrong, and the resumed run ends as the uninterrupted one, bit for bit."""
+"""SIGKILL at random moments: no checkpoint is ever wrong, and a resumed run ends as the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from stage.checkpoints import Checkpoints
 from stage.loggers import MetricsFile, read_metrics
 from stage.training_checkpoint import read_training_checkpoint
-from tests.killed_training import Job, checkpoints, complete, leftovers, pictures, rows, start
+from tests.killed_training import Job, checkpoints, complete, everything, leftovers, rows, start
 from tests.tiny_training import ROOT, tiny_base, tiny_module, tiny_trainer, tiny_world
 
 KILLS = 20
@@ -86,16 +86,13 @@ class Left:
     unfinished: list[str]
 
 
-def everything(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, apart from times."""
-    held = checkpoints(folder / "run" / "checkpoints")
-    return {"rows": rows(folder), "pictures": pictures(folder), "unfinished": leftovers(folder), **held}
-
-
 def uninterrupted(folder: Path, world: int, arguments: Sequence[str], updates: int) -> Whole:
     """Twice: the second time is timed, and must leave the same."""
     (folder / "copies").mkdir(parents=True)
-    copies = ("+callbacks.copies._target_=tests.test_kills.Copies", f"+callbacks.copies.folder={folder}/copies")
+    copies = (
+        "+callbacks.copies._target_=tests.test_kills.Copies",
+        f"+callbacks.copies.folder={folder}/copies",
+    )
     complete(folder / "first", world, [*arguments, "callbacks.checkpoints.every=1", *copies])
     timeline, left = complete(folder / "second", world, arguments), everything(folder / "second")
     assert left == everything(folder / "first") and not left["unfinished"]
@@ -110,6 +107,12 @@ def warm(folder: Path) -> None:
     tiny_trainer(folder).fit(tiny_module(folder / "janus", updates=1))
 
 
+def between(draw: random.Random, low: float, high: float) -> Iterator[float]:
+    """Random numbers."""
+    while True:
+        yield draw.uniform(low, high)
+
+
 def reached(job: Job, moment: tuple[int, float]) -> Callable[[], bool]:
     """Whether a run has as many rows, and then that many seconds more."""
     since: list[float] = [] if moment[0] else [job.begun]
@@ -122,7 +125,9 @@ def reached(job: Job, moment: tuple[int, float]) -> Callable[[], bool]:
     return done
 
 
-def kill(job: Job, whole: Whole, moment: tuple[int, float], ranks: Sequence[int], *, writing: bool) -> Left | None:
+def kill(
+    job: Job, whole: Whole, moment: tuple[int, float], ranks: Sequence[int], *, writing: bool
+) -> Left | None:
     """Kill a run at a moment, or in the first write after it, and look at what is left; None if it ended before."""
     due = job.wait(reached(job, moment)) and (not writing or job.wait(lambda: job.writing))
     if not due or not job.kill(ranks):
@@ -136,12 +141,12 @@ def kill(job: Job, whole: Whole, moment: tuple[int, float], ranks: Sequence[int]
 
 
 def hit(
-    folder: Path, world: int, arguments: Sequence[str], whole: Whole, draw: Callable[[], float], kind: Kind
+    folder: Path, world: int, arguments: Sequence[str], whole: Whole, shares: Iterator[float], kind: Kind
 ) -> Left:
-    """A run in an empty folder, killed at `whole.moment(draw())`, again where nothing was hit."""
+    """A run in an empty folder, killed at the moment of a share, and at others where nothing was hit."""
     for _ in range(TRIES):
         shutil.rmtree(folder, ignore_errors=True)
-        moment = whole.moment(draw())
+        moment = whole.moment(next(shares))
         left = kill(start(folder, world, arguments), whole, moment, kind.ranks, writing=kind.writing)
         if left is not None and (left.unfinished or not kind.writing):
             print(f"{folder.name}: {moment[1]:.3f} s after row {moment[0]}, {kind}: {left}")
@@ -156,16 +161,18 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nobody_had(tmp_path: P
     arguments = [*tiny_world(tmp_path), *SETTINGS, f"updates={updates}", "callbacks.checkpoints.every=1"]
     warm(tmp_path)
     whole = uninterrupted(tmp_path, 1, arguments, updates)
-    random_ = random.Random(SEED)
-    print(f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row")
+    draw = random.Random(SEED)
+    print(
+        f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row"
+    )
     found = []
     for number in range(KILLS):
         folder, kind = tmp_path / str(number), Kind((0,), number % 5 == 0)
-        left = hit(folder, 1, arguments, whole, lambda n=number: (n + random_.random()) / KILLS, kind)
+        left = hit(folder, 1, arguments, whole, between(draw, number / KILLS, (number + 1) / KILLS), kind)
         assert left.logged - left.saved <= 1
         found.append(left)
         if number % 3 == 0:
-            moment = 0, 1.5 * whole.timeline[0] * random_.random()
+            moment = 0, 1.5 * whole.timeline[0] * draw.random()
             again = kill(start(folder, 1, arguments), whole, moment, (0,), writing=False)
             print(f"   and again {moment[1]:.3f} s after its start: {again}")
         complete(folder, 1, arguments)
@@ -179,15 +186,29 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nobody_had(tmp_path: P
 def test_processes_of_which_some_are_killed_go_on_as_if_nobody_had(tmp_path: Path, strategy: str) -> None:
     """The first of two, the second, and both, one of them in a write; the other one has to see it and leave."""
     updates, every = 6, 2
-    arguments = [*tiny_world(tmp_path), *SETTINGS, f"updates={updates}", f"callbacks.checkpoints.every={every}"]
+    arguments = [
+        *tiny_world(tmp_path),
+        *SETTINGS,
+        f"updates={updates}",
+        f"callbacks.checkpoints.every={every}",
+    ]
     arguments += [f"strategy={strategy}", "trainer.accelerator=cpu"]
     warm(tmp_path)
     whole = uninterrupted(tmp_path, 2, arguments, updates)
-    random_ = random.Random(SEED)
-    print(f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row")
+    draw = random.Random(SEED)
+    print(
+        f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row"
+    )
     for number, kind in enumerate((Kind((1,)), Kind((0,), True), Kind((0, 1)))):
         folder = tmp_path / str(number)
-        left = hit(folder, 2, arguments, whole, lambda n=number: 0.2 + 0.8 * (n + random_.random()) / 3, kind)
+        left = hit(
+            folder,
+            2,
+            arguments,
+            whole,
+            between(draw, 0.2 + 0.8 * number / 3, 0.2 + 0.8 * (number + 1) / 3),
+            kind,
+        )
         assert left.logged - left.saved <= every
         complete(folder, 2, arguments)
         assert everything(folder) == whole.left
@@ -209,7 +230,9 @@ def test_the_row_of_an_update_that_is_saved_is_there(tmp_path: Path) -> None:
 
     def fit(kind: str, resume: Path | None = None) -> None:
         settings = {"_target_": kind, "folder": str(tmp_path / "checkpoints"), "every": 1}
-        trainer = tiny_trainer(tmp_path, [instantiate({**known["checkpoints"], **settings})], [MetricsFile(tmp_path)])
+        trainer = tiny_trainer(
+            tmp_path, [instantiate({**known["checkpoints"], **settings})], [MetricsFile(tmp_path)]
+        )
         trainer.fit(tiny_module(base), ckpt_path=resume, weights_only=True)
 
     process = multiprocessing.get_context("fork").Process(
