@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CODE = "code.json"  # in the folder of a run: its versions, oldest first
 PROGRAMS = ("train.py", "evaluate.py")
 
 

@@ -20,11 +20,10 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
-from stage.code_version import continued
+from stage.code_version import CODE, continued
 from stage.training_checkpoint import atomic_write
 
 X = "update"
-CODE = "code.json"
 
 
 class MetricsFile(Logger):

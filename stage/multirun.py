@@ -33,6 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stage import launch, processes
+from stage.code_version import CODE, code_record
 
 RECORD, LOG, LOCK = "job.json", "job.log", ".lock"
 DONE, THERE, DIED = "done", "there already", "died"
@@ -98,6 +99,8 @@ def job(config: DictConfig, script: Path) -> float:
         with locked(task.folder):
             resume, reason = remaining(task), ""
             state = THERE if resume is None else DONE
+            if resume is None:
+                reason = other_code(task.folder, script)
             if resume is not None:
                 print(
                     f"{task.name}: {'goes on in' if resume else 'in'} {launch.short(task.folder)}", flush=True
@@ -145,6 +148,16 @@ def remaining(task: Task) -> str | None:
             "one name. Move it away, or set hydra.sweep.dir to another folder"
         )
     return None if found["update"] >= settings["updates"] else str(last)
+
+
+def other_code(folder: Path, script: Path) -> str:
+    """What to say of a run that another version of the program made; empty for this one, or where it is not known."""
+    file = folder / CODE
+    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not made or made[-1]["sha256"] == code_record(script.parent)["sha256"]:
+        return ""
+    version = made[-1]["sha256"][:8]
+    return f"made by another version of the code, {version}; move {launch.short(folder)} away to repeat it"
 
 
 def command(task: Task, script: Path, resume: str = "") -> list[str]:
@@ -285,6 +298,8 @@ def summary(records: Sequence[Mapping[str, Any]], folder: Path) -> tuple[str, st
     """The line of a sweep, and what to say of the jobs that died, empty where none did."""
     counts = {state: sum(item["state"] == state for item in records) for state in (DONE, THERE, DIED)}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    other = sum(item["state"] == THERE and bool(item["reason"]) for item in records)
+    told += f", {other} of them by another version of the code" if other else ""
     words = [item["job"].split() for item in records]
     common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
     dead = [

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import DictConfig
 
 from stage import launch, multirun
+from stage.code_version import code_record
 from stage.loggers import read_metrics
 from tests.test_conf import CONF, composed
 from tests.test_train import Program, program, world  # noqa: F401  fixtures
@@ -193,11 +194,24 @@ def test_the_summary_names_the_dead_by_what_is_theirs() -> None:
         ("algorithm=grpo seed=2", "died"),
         ("algorithm=grpo seed=3", "there already"),
     )
-    records = [{"job": name, "state": state, "reason": "exit status 1: x"} for name, state in states]
+    reasons = {"died": "exit status 1: x"}
+    records = [{"job": name, "state": state, "reason": reasons.get(state, "")} for name, state in states]
     line, died = multirun.summary(records, Path("out"))
     assert line == "3 runs in out: 1 done, 1 there already, 1 died"
     assert died == "1 of 3 runs died: seed=2 (exit status 1: x)"
     assert multirun.summary(records[:1], Path("out"))[1] == ""
+    older = [{**records[2], "reason": "made by another version of the code, 0123abcd"}]
+    line, died = multirun.summary(older, Path("out"))
+    assert line == "1 runs in out: 1 there already, 1 of them by another version of the code" and died == ""
+
+
+def test_a_run_of_another_version_of_the_code_is_told(tmp_path: Path) -> None:
+    assert multirun.other_code(tmp_path, ROOT / "train.py") == ""  # a run that does not say
+    versions = [{"since": 0, "sha256": "0123abcd" * 8}, {"since": 3, **code_record(ROOT)}]
+    (tmp_path / "code.json").write_text(json.dumps(versions))
+    assert multirun.other_code(tmp_path, ROOT / "train.py") == ""
+    (tmp_path / "code.json").write_text(json.dumps(versions[:1]))
+    assert "another version of the code, 0123abcd; move" in multirun.other_code(tmp_path, ROOT / "train.py")
 
 
 LAUNCHERS = [
