@@ -79,11 +79,11 @@ class Job:
         return [*found, time.monotonic() - self.begun]
 
     def kill(self, ranks: Sequence[int]) -> bool:
-        """SIGKILL, and wait until all are gone; False for a run that ended by itself before."""
+        """SIGKILL, and wait until all are gone; False for a run that had ended by itself."""
         for rank in ranks:
             os.kill(self.processes[rank].pid, signal.SIGKILL)
         self.finish()
-        return all(self.processes[rank].exitcode == -signal.SIGKILL for rank in ranks)
+        return any(self.processes[rank].exitcode == -signal.SIGKILL for rank in ranks)
 
     def finish(self) -> list[int]:
         """Exit statuses by rank. Raises AssertionError with the output of a process that does not end."""

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: no checkpoint is ever wrong, and a resumed run ends as the uninterrupted one, bit for bit."""
+"""SIGKILL at random moments: no checkpoint is ever wrong, and a resumed run ends as one that nobody killed, by bits."""
 
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ class Whole:
     left: dict[str, Any]
     states: dict[int, dict[str, Any]]
     timeline: list[float]
+
+    def __str__(self) -> str:
+        return f"{self.timeline[-1]:.1f} s uninterrupted, {self.timeline[0]:.1f} s to the first row"
 
     def moment(self, share: float) -> tuple[int, float]:
         """Rows before a moment, and seconds after the last of them: on a busy machine a run is as far then as on this.
@@ -162,9 +165,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nobody_had(tmp_path: P
     warm(tmp_path)
     whole = uninterrupted(tmp_path, 1, arguments, updates)
     draw = random.Random(SEED)
-    print(
-        f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row"
-    )
+    print(f"seed {SEED}, {whole}")
     found = []
     for number in range(KILLS):
         folder, kind = tmp_path / str(number), Kind((0,), number % 5 == 0)
@@ -186,29 +187,16 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nobody_had(tmp_path: P
 def test_processes_of_which_some_are_killed_go_on_as_if_nobody_had(tmp_path: Path, strategy: str) -> None:
     """The first of two, the second, and both, one of them in a write; the other one has to see it and leave."""
     updates, every = 6, 2
-    arguments = [
-        *tiny_world(tmp_path),
-        *SETTINGS,
-        f"updates={updates}",
-        f"callbacks.checkpoints.every={every}",
-    ]
-    arguments += [f"strategy={strategy}", "trainer.accelerator=cpu"]
+    arguments = [*tiny_world(tmp_path), *SETTINGS, f"strategy={strategy}", "trainer.accelerator=cpu"]
+    arguments += [f"updates={updates}", f"callbacks.checkpoints.every={every}"]
     warm(tmp_path)
     whole = uninterrupted(tmp_path, 2, arguments, updates)
     draw = random.Random(SEED)
-    print(
-        f"seed {SEED}, {whole.timeline[-1]:.1f} s uninterrupted, {whole.timeline[0]:.1f} s to the first row"
-    )
+    print(f"seed {SEED}, {whole}")
     for number, kind in enumerate((Kind((1,)), Kind((0,), True), Kind((0, 1)))):
         folder = tmp_path / str(number)
-        left = hit(
-            folder,
-            2,
-            arguments,
-            whole,
-            between(draw, 0.2 + 0.8 * number / 3, 0.2 + 0.8 * (number + 1) / 3),
-            kind,
-        )
+        low, high = (0.2 + 0.8 * third / 3 for third in (number, number + 1))  # once training has begun
+        left = hit(folder, 2, arguments, whole, between(draw, low, high), kind)
         assert left.logged - left.saved <= every
         complete(folder, 2, arguments)
         assert everything(folder) == whole.left
