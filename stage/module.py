@@ -376,8 +376,9 @@ class StageModule(LightningModule):
 
         A reward with other weight files is said, and trained on, as a changed setting is.
         """
-        check_base(checkpoint, self.base)
-        check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
+        with self.ranks.together():
+            check_base(checkpoint, self.base)
+            check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
         everyone = checkpoint.get("processes", [])
         same = len(everyone) == self.ranks.world
         self.update = checkpoint["update"]

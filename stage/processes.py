@@ -84,9 +84,9 @@ def leave(text: str, *, known_to_all: bool) -> NoReturn:
     found = started()
     if found.rank == 0:
         sys.exit(text)
-    # Whoever leaves first has torchrun speak and end the others. It shall be the first process, and end us meanwhile.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(PATIENCE)
+    if known_to_all:  # torchrun ends us as soon as the first process has said it and left
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)  # a mistake of the command line is everybody's, and torchrun ends us meanwhile
     if known_to_all:
         sys.exit(1)
     sys.exit(f"process {found.rank} of {found.world}: {text}")

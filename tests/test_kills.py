@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
+from stage import processes
 from stage.checkpoints import Checkpoints
 from stage.loggers import MetricsFile, read_metrics
 from stage.training_checkpoint import read_training_checkpoint
@@ -184,8 +185,11 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nobody_had(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_processes_of_which_some_are_killed_go_on_as_if_nobody_had(tmp_path: Path, strategy: str) -> None:
-    """The first of two, the second, and both, one of them in a write; the other one has to see it and leave."""
+def test_processes_of_which_some_are_killed_go_on_as_if_nobody_had(
+    tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two, the first in a write, and both; who is left has to see it and leave."""
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)  # the first process will not speak
     updates, every = 6, 2
     arguments = [*tiny_world(tmp_path), *SETTINGS, f"strategy={strategy}", "trainer.accelerator=cpu"]
     arguments += [f"updates={updates}", f"callbacks.checkpoints.every={every}"]
