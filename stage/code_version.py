@@ -16,15 +16,15 @@ PROGRAMS = ("train.py", "evaluate.py")
 def code_record(folder: Path) -> dict[str, Any]:
     """`{"commit", "changed", "sha256"}` of the checkout at `folder`, the folder of train.py.
 
-    `commit` and `changed` (whether tracked files differ from it) are None outside of a checkout; `sha256` is that of
-    `program_sha256`, so that it tells apart what was changed without a commit.
+    `sha256` is over names and bytes of the Python files that a run can execute, so that it tells apart what was changed
+    without a commit. `commit` and `changed` (whether tracked files differ from it) are None outside of a checkout.
     """
     state = git_state(folder) or {"commit": None, "changed": None}
-    return {**state, "sha256": program_sha256(folder)}
+    return {**state, "sha256": code_sha256(folder)}
 
 
-def program_sha256(folder: Path) -> str:
-    """sha256 over names and bytes of the Python files that a run can execute; `folder` is that of train.py."""
+def code_sha256(folder: Path) -> str:
+    """sha256 over names and bytes of the programs at `folder` and of the Python files of its `stage`."""
     programs = [folder / name for name in PROGRAMS if (folder / name).is_file()]
     files = [*programs, *sorted((folder / "stage").rglob("*.py"))]
     digest = hashlib.sha256()
