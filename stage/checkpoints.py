@@ -12,14 +12,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stage.checkpoint_folder import CheckpointFolder
-from stage.training_checkpoint import atomic_write, read_training_checkpoint, trained_names
+from stage.training_checkpoint import read_training_checkpoint, save, trained_names
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,8 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        save(checkpoint, Path(path))
 
 
 class Writing(Thread):

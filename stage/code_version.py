@@ -19,13 +19,18 @@ def code_record(folder: Path) -> dict[str, Any]:
     `sha256` is over names and bytes of the Python files that a run can execute, so that it tells apart what was changed
     without a commit. `commit` and `changed` (whether tracked files differ from it) are None outside of a checkout.
     """
+    state = git_state(folder) or {"commit": None, "changed": None}
+    return {**state, "sha256": code_sha256(folder)}
+
+
+def code_sha256(folder: Path) -> str:
+    """sha256 over names and bytes of the programs at `folder` and of the Python files of its `stage`."""
     programs = [folder / name for name in PROGRAMS if (folder / name).is_file()]
     files = [*programs, *sorted((folder / "stage").rglob("*.py"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    state = git_state(folder) or {"commit": None, "changed": None}
-    return {**state, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -249,10 +249,13 @@ def resumed(path: str, overrides: Sequence[str], *, say: bool) -> Prepared:
 
 def carry_metrics(checkpoint: Path, output: Path) -> None:
     """Begin metrics and versions of a run that goes on in another folder with those of the run it comes from."""
+    from stage.training_checkpoint import atomic_write
+
     for name in CARRIED:
         before, now = checkpoint.parent.parent / name, output / name
         if before.is_file() and not now.exists():
-            shutil.copyfile(before, now)
+            with atomic_write(now) as temporary:
+                shutil.copyfile(before, temporary)
 
 
 def updates_before(resume: str | None) -> int:

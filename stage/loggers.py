@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -95,12 +96,33 @@ class MetricsFile(Logger):
             writer.writerows(rows)
 
 
+class UpdateLog(Callback):
+    """Gives the loggers the row of an update, once the other callbacks have added theirs and before it is saved.
+
+    A module brings it along (`configure_callbacks`), which puts it behind all callbacks but those that save. A kill
+    between row and checkpoint then costs nothing: the row is written again when the update is done again. The other
+    way round the row would be missing for ever.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with pl_module.ranks.together():  # the disk of the first process may be full
+            for logger in trainer.loggers:
+                logger.log_metrics(pl_module.latest, step=pl_module.update)
+                logger.save()
+
+
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, without the empty cells; no rows when there is no file."""
+    """The rows of a metrics file, without the empty cells; no rows when there is no file.
+
+    A last line without its end, from a kill in the middle of writing it, is none.
+    """
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        lines = [line for line in file if line.endswith("\n")]
+    rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(lines)]
     return [row for row in rows if X in row]
 
 

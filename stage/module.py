@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from stage.gradients import clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
 from stage.joint_credit import joint_credit, num_parts
 from stage.lender import Lender
+from stage.loggers import UpdateLog
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
 from stage.optimizer import explained_settings, state_bytes
@@ -241,12 +242,12 @@ class StageModule(LightningModule):
         if self.update >= self.updates:
             self.trainer.should_stop = True
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [UpdateLog()]
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Callbacks have added theirs by now. `self.log` would repeat a validation in every later row, and
-        # counts optimizer steps; it still tells Lightning's own callbacks, early stopping for one.
-        for logger in self.trainer.loggers:
-            logger.log_metrics(self.latest, step=self.update)
-            logger.save()
+        # Told to Lightning's own callbacks, early stopping for one. The loggers have the row already: `self.log` would
+        # repeat a validation in every later row, and counts optimizer steps.
         self.log_dict(self.latest, logger=False)
 
     def _collect(self, watch: Stopwatch) -> Collected:
@@ -369,8 +370,9 @@ class StageModule(LightningModule):
 
         A reward with other weight files is said, and trained on, as a changed setting is.
         """
-        check_base(checkpoint, self.base)
-        check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
+        with self.ranks.together():
+            check_base(checkpoint, self.base)
+            check_names(checkpoint["state_dict"], {f"policy.{name}" for name in trained_names(self.policy)})
         everyone = checkpoint.get("processes", [])
         same = len(everyone) == self.ranks.world
         self.update = checkpoint["update"]

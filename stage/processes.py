@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-PATIENCE = 3.0  # seconds in which the first process says what ends all
+PATIENCE = 10.0  # seconds in which the first process says what ends all, even on a busy machine
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types the commands
 # Only the first process writes; Hydra in the others makes neither folder nor log.
 SILENT = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -83,7 +84,9 @@ def leave(text: str, *, known_to_all: bool) -> NoReturn:
     found = started()
     if found.rank == 0:
         sys.exit(text)
+    if known_to_all:  # torchrun ends us as soon as the first process has said it and left
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)  # a mistake of the command line is everybody's, and torchrun ends us meanwhile
     if known_to_all:
         sys.exit(1)
-    time.sleep(PATIENCE)  # a mistake of the command line is everybody's, and torchrun ends us meanwhile
     sys.exit(f"process {found.rank} of {found.world}: {text}")

@@ -205,10 +205,12 @@ class Ranks:
         for name, value in rows[0].items():
             for rank, row in enumerate(rows):
                 if row.get(name) != value:
-                    raise ValueError(
+                    error = ValueError(
                         f"all processes must run the same; {name} is {value} in process 0 and {row.get(name)} in "
                         f"process {rank}. Start them from one environment with one command line."
                     )
+                    error.on_all_ranks = True  # type: ignore[attr-defined]
+                    raise error
 
 
 ALONE = Ranks(0, 1)

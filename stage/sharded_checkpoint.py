@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from stage.ranks import Ranks
+from stage.training_checkpoint import save
 
 RECORD, WEIGHTS, OPTIMIZER = "record.pt", "weights", "optimizer"
 FILE_BYTES = (
@@ -127,7 +128,7 @@ def _complete(temporary: Path, record: Mapping[str, Any], path: Path, ranks: Ran
         if ranks.first:
             parts = {name: size for part in found for name, size in part.items()}
             check_parts(temporary, parts)
-            torch.save({**record, "parts": parts}, temporary / RECORD)
+            save({**record, "parts": parts}, temporary / RECORD)
             for inner in (temporary / RECORD, temporary / WEIGHTS, temporary / OPTIMIZER, temporary):
                 sync(inner)
             temporary.rename(path)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from stage.code_version import code_sha256
 from stage.policy.drawing import reasons
 from stage.policy.gathered import Gathered
 from stage.policy.lora import AdaptersOff
@@ -238,8 +239,9 @@ def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str,
 
 
 def versions() -> dict[str, str]:
-    """What must be alike in all processes."""
+    """What must be alike in all processes: the program, by its hash, and the libraries that numbers come from."""
     return {
+        "the code of stage": code_sha256(Path(__file__).parents[1])[:12],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,

@@ -220,3 +220,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """torch.save, whole or not at all (`atomic_write`).
+
+    Raises OSError with the system's reason where `path` cannot be written; torch's own error hides it behind positions
+    in a stream, so it writes into a file of Python's.
+    """
+    try:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__context__
+        if reason is None:
+            raise
+        raise OSError(
+            f"{path} could not be written ({reason.strerror or reason}). Make room; what was saved before is whole."
+        ) from error

@@ -58,11 +58,16 @@ def test_a_resumed_run_keeps_the_rows_before_it(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_by_a_kill_does_not_break_the_file(tmp_path: Path) -> None:
-    write(tmp_path, (1, {"a": 1.0, "b": 1.0}), (2, {"a": 2.0, "b": 2.0}))
+    """Wherever it is cut: what is left of the number 12 could be taken for a 1."""
+    write(tmp_path, (11, {"a": 1.0, "b": 1.0}), (12, {"a": 2.0, "b": 2.0}))
     path = tmp_path / "metrics.csv"
-    path.write_text(path.read_text()[:-6])
-    write(tmp_path, (2, {"a": 20.0, "b": 20.0}))
-    assert [row["a"] for row in read_metrics(path)] == ["1.0", "20.0"]
+    whole = path.read_bytes()
+    last = len(whole.splitlines(keepends=True)[-1])
+    for cut in range(1, last + 1):
+        path.write_bytes(whole[:-cut])
+        assert [row["update"] for row in read_metrics(path)] == ["11"]
+        write(tmp_path, (12, {"a": 20.0, "b": 20.0}))
+        assert [row["a"] for row in read_metrics(path)] == ["1.0", "20.0"]
 
 
 def test_the_configuration_lies_beside_the_metrics(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def _train(dtype: torch.dtype) -> list[int]:
     # Large enough that pictures, which are counted nowhere, are small beside the weights.
     LANGUAGE["tiny"] |= dict(hidden_size=256, num_hidden_layers=6, intermediate_size=704)
     gc.disable()
-    module = module_of(Run("tiny", None, "full", "fsdp", 2, 2, 2, 0, "copy", False), torch.device("cpu"))
+    module = module_of(
+        Run("tiny", None, "full", "fsdp", 2, 2, 2, 0, "copy", False, None, False), torch.device("cpu")
+    )
     assert module.reference is not None
     for policy in (module.policy, module.reference):
         policy.to(dtype)

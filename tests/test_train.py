@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from stage.loggers import read_metrics
-from tests.tiny_training import PROMPTS, ROOT, tiny_base
+from tests.tiny_training import ROOT, tiny_base, tiny_world
 
 TRAIN = str(ROOT / "train.py")
 
@@ -67,40 +67,28 @@ class Program:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Base weights, a prompt file, and a configuration for the reward, as a user's own package brings it."""
     folder = tmp_path_factory.mktemp("world")
-    tiny_base(folder / "janus")
-    include = [{"class": "circle", "count": 1}]
-    lines = [json.dumps({**prompt.metadata, "include": include}) for prompt in PROMPTS]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "conf" / "reward").mkdir(parents=True)
-    (folder / "conf" / "reward" / "redness.yaml").write_text(
-        "_target_: tests.tiny_training.Redness\nnoise: 0.3\n", encoding="utf-8"
-    )
-    return folder
+    return folder, tiny_world(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tiny: tuple[Path, list[str]]) -> Path:
+    """Where they are."""
+    return tiny[0]
 
 
 @pytest.fixture
 def program(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Program:
     monkeypatch.chdir(tmp_path)
-    prompts = world / "prompts.jsonl"
-    own = ["--config-dir", str(world / "conf"), "reward=redness", f"model.path={world / 'janus'}"]
-    own += [
-        f"data.train={prompts}",
-        f"data.validation={prompts}",
-        "data.heldout=null",
-        "data.prompts_per_update=2",
-    ]
-    small = [
-        "group_size=4",
-        "callbacks.validation.every=2",
-        "callbacks.images.every=2",
-        "callbacks.images.count=2",
-    ]
-    return Program((*own, *small), monkeypatch, capsys)
+    small = ["callbacks.validation.every=2", "callbacks.images.every=2", "callbacks.images.count=2"]
+    return Program((*tiny[1], *small), monkeypatch, capsys)
 
 
 def without_times(folder: Path) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,22 @@ def objective(name: str = "grpo", **changes: Any) -> Any:
 def tiny_base(folder: Path) -> Path:
     """Write the weights of a policy on 16 tokens from 64 codes into `folder`."""
     return build_tiny_janus(folder, sharpness=5.0)
+
+
+def tiny_world(folder: Path) -> list[str]:
+    """Write base weights, a prompt file, and a configuration for the reward; the arguments of train.py that say so."""
+    tiny_base(folder / "janus")
+    include = [{"class": "circle", "count": 1}]
+    lines = [json.dumps({**prompt.metadata, "include": include}) for prompt in PROMPTS]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("\n".join(lines) + "\n")
+    (folder / "conf" / "reward").mkdir(parents=True)
+    (folder / "conf" / "reward" / "redness.yaml").write_text(
+        "_target_: tests.tiny_training.Redness\nnoise: 0.3\n", encoding="utf-8"
+    )
+    own = ["--config-dir", str(folder / "conf"), "reward=redness", f"model.path={folder / 'janus'}"]
+    own += [f"data.train={prompts}", f"data.validation={prompts}", "data.heldout=null"]
+    return [*own, "data.prompts_per_update=2", "group_size=4"]
 
 
 def tiny_policy(folder: Path) -> JanusPolicy:
