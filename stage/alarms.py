@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from stage.score_checks import UnusableScores
-from stage.training_checkpoint import atomic_write
+from stage.whole_files import atomic_write
 
 REWARD = "reward/mean"
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ from stage.group_draws import draw
 from stage.loggers import log_image, log_table
 from stage.objective.advantage import task_rewards
 from stage.policy.plans import plan_texts
-from stage.training_checkpoint import atomic_write
 from stage.types import Metrics, Prompt
+from stage.whole_files import atomic_write
 
 STRICT = "strict"  # the reward part that is 1 for an image that shows all that was asked for
 
@@ -118,6 +119,7 @@ class Validation(Callback):
 
     def score(self, trainer: Trainer, module: Any) -> Metrics:
         """The metrics of the present weights."""
+        module.ranks.does("validation")
         with module.drawing() as policy, module.ranks.together(), apart(self.seed):
             values = self._score(trainer, module, policy)
         everywhere: dict[str, list[float]] = defaultdict(list)
@@ -178,6 +180,7 @@ class ImageGrid(Callback):
 
     def draw(self, trainer: Trainer, module: Any) -> None:
         """Write the picture and show it in the loggers that take pictures."""
+        module.ranks.does("pictures")
         with module.drawing() as policy, apart(self.seed):
             if module.draws_alone and not trainer.is_global_zero:
                 return
@@ -303,17 +306,29 @@ class EntropyWatch(Callback):
 
 
 class CleanStop(Callback):
-    """Ctrl-C or SIGTERM: finish the update, save, stop. A second Ctrl-C abandons the update at once.
+    """Ctrl-C or SIGTERM: finish the update, save, stop. A Ctrl-C after that abandons the update at once.
 
+    Another SIGTERM changes nothing: a batch system sends one to all processes, and torchrun sends its own on to them.
     Of several processes one that is told is enough.
 
     `signal_number` says after the run which signal stopped it, None if none did.
+
+    Args:
+        seconds: that may pass after the signal; then the update is given up where its rollout or it itself ends, and
+            the updates before it are saved. None waits for as long as it takes.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: float | None) -> None:
+        if seconds is not None and (isinstance(seconds, bool) or not seconds >= 0):
+            raise ValueError(
+                f"callbacks.stop.seconds must be a number of seconds or null; got {seconds!r}. Set it to less than "
+                "the time between SIGTERM and SIGKILL."
+            )
+        self.seconds = seconds
         self.signal_number: int | None = None
+        self._told = 0.0
         self._trainer: Trainer | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -323,6 +338,11 @@ class CleanStop(Callback):
         for number in self.SIGNALS:
             signal.signal(number, self._stop)
 
+    def on_rollout(self, module: Any, rollout: Any) -> Metrics:
+        """Inside of `Ranks.together`: an error here is one of all processes."""
+        self._check_time()
+        return {}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -331,16 +351,29 @@ class CleanStop(Callback):
             told = max(pl_module.ranks.gathered(self.signal_number or 0))
             if told:
                 self.signal_number, trainer.should_stop = told, True
+                self._told = self._told or time.monotonic()
+        if self.signal_number is not None and not pl_module.update >= pl_module.updates:
+            with pl_module.ranks.together():
+                self._check_time()
+
+    def _check_time(self) -> None:
+        """Raise InterruptedError where too much time has passed since the signal; validation would take more."""
+        passed = time.monotonic() - self._told
+        if self.signal_number is not None and self.seconds is not None and passed > self.seconds:
+            raise InterruptedError(
+                f"{signal.Signals(self.signal_number).name} came {passed:.0f} s ago, and callbacks.stop.seconds is "
+                f"{self.seconds:g}: what was begun since is given up"
+            )
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            raise KeyboardInterrupt
-        self.signal_number = number
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal_number, self._told = number, time.monotonic()
         assert self._trainer is not None
         if self._trainer.world_size == 1:
             self._trainer.should_stop = True
         # os.write and not print: a handler may run in the middle of somebody else's print.
-        os.write(
-            2,
-            f"\n{signal.Signals(number).name}: stopping after this update; once more abandons it\n".encode(),
-        )
+        text = f"\n{signal.Signals(number).name}: stopping after this update; Ctrl-C abandons it\n"
+        os.write(2, text.encode())

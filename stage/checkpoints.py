@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stage.checkpoint_folder import CheckpointFolder
-from stage.training_checkpoint import read_training_checkpoint, save, trained_names
+from stage.training_checkpoint import read_training_checkpoint, trained_names
+from stage.whole_files import save
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -1,7 +1,8 @@
-"""Norm and clipping of gradients, whole or sliced over processes."""
+"""Norm and clipping of gradients, whole or sliced over processes, and no number that is none."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,3 +33,12 @@ def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
 def local(tensor: Any) -> Tensor:
     """This process's slice, or all of a tensor that is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def check_finite(value: float, name: str, update: int) -> None:
+    """Raise ValueError for NaN or infinity, before it reaches the weights."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the {name} must be finite; it is {value} in update {update + 1}. Resume from the last "
+            "checkpoint with trainer.precision=32-true, or start again with a lower optimizer.lr."
+        )

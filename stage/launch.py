@@ -249,7 +249,7 @@ def resumed(path: str, overrides: Sequence[str], *, say: bool) -> Prepared:
 
 def carry_metrics(checkpoint: Path, output: Path) -> None:
     """Begin metrics and versions of a run that goes on in another folder with those of the run it comes from."""
-    from stage.training_checkpoint import atomic_write
+    from stage.whole_files import atomic_write
 
     for name in CARRIED:
         before, now = checkpoint.parent.parent / name, output / name

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from stage.code_version import CODE, continued
-from stage.training_checkpoint import atomic_write
+from stage.whole_files import atomic_write
 
 X = "update"
 

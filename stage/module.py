@@ -13,7 +13,6 @@ Departures from Lightning's defaults:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -26,7 +25,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
-from stage.gradients import clip, gradient_norm
+from stage.gradients import check_finite, clip, gradient_norm
 from stage.group_draws import Stopwatch, check_resampling
 from stage.joint_credit import joint_credit, num_parts
 from stage.lender import Lender
@@ -47,7 +46,7 @@ from stage.rollout import (
     score_part,
     scored_distribution,
 )
-from stage.step_metrics import is_largest, time_metrics
+from stage.step_metrics import ToldStopwatch, is_largest, time_metrics
 from stage.strategy import Sharded, connected, move
 from stage.training_checkpoint import (
     check_base,
@@ -226,7 +225,7 @@ class StageModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One rollout, its updates, and one row of metrics at x = rollouts done."""
-        watch = Stopwatch(self.device)
+        watch = ToldStopwatch(self.device, self.ranks, self.update, gathers=self.lender.sliced)
         self._whole = random_states()
         with watch("total"):
             collected = self._collect(watch)
@@ -301,6 +300,7 @@ class StageModule(LightningModule):
         cells = [(prompts, samples) for prompts in rows for samples in columns]
         losses, parts = [], []
         for index, cell in enumerate(cells):
+            self.ranks.does("learning", waits=True)
             with self._gradient_sync(last=index == len(cells) - 1):
                 loss, metrics = self._backward(rollout, credit, scores, *cell)
             losses.append(loss)
@@ -356,6 +356,7 @@ class StageModule(LightningModule):
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.ranks.does("a checkpoint")
         kept = {f"policy.{name}" for name in trained_names(self.policy)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         # Those of now hold what an update that failed has drawn.
@@ -380,12 +381,3 @@ class StageModule(LightningModule):
         files = changed_files(checkpoint.get("reward", self.reward_record), self.reward_record)
         if files and self.trainer.is_global_zero:
             print(f"changed since the checkpoint: weights of the reward, {', '.join(files)}", flush=True)
-
-
-def check_finite(value: float, name: str, update: int) -> None:
-    """Raise ValueError for NaN or infinity, before it reaches the weights."""
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the {name} must be finite; it is {value} in update {update + 1}. Resume from the last "
-            "checkpoint with trainer.precision=32-true, or start again with a lower optimizer.lr."
-        )

@@ -167,7 +167,7 @@ def training_list(
 
 def write(config: DictConfig) -> None:
     """Write the list that the configuration asks for."""
-    from stage.training_checkpoint import atomic_write
+    from stage.whole_files import atomic_write
 
     output = Path(str(config.output)).expanduser()
     excluded = set() if config.evaluated is None else fingerprints.read(str(config.evaluated))

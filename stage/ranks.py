@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stage.heartbeat import Heartbeat
 from stage.types import Metrics
 
 
@@ -71,18 +72,24 @@ class LostPeer(OSError):
     """Another process is dead or hangs."""
 
 
+def known(error: BaseException) -> bool:
+    """Whether all processes have raised, so that none waits for another: see `Ranks.together`."""
+    return bool(getattr(error, "on_all_ranks", False))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Process `rank` of `world`.
 
     `everyone` is a process group of all of them on the CPU, None for one process alone; `sharing` are those that share
-    this one's group of samples, None where none does.
+    this one's group of samples, None where none does. `heart` tells the others what this process does, if it has one.
     """
 
     rank: int
     world: int
     everyone: Any = None
     sharing: Any = None
+    heart: Heartbeat | None = None
 
     @property
     def first(self) -> bool:
@@ -97,9 +104,18 @@ class Ranks:
         """The texts of all processes, by rank. Every process must call it."""
         if self.world == 1:
             return [text]
-        try:
+        with self._meeting():
             return self._exchange(text)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around what a process leaves when others have come to it; raises LostPeer where one does not."""
+        try:
+            with nullcontext() if self.heart is None else self.heart.waiting():
+                yield
         except RuntimeError as error:
+            if self.heart is not None:
+                self.heart.last_word()
             reason = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]
             raise LostPeer(
                 f"every process must come to each exchange in time; one has died or let process {self.rank} wait: "
@@ -121,6 +137,11 @@ class Ranks:
         return [
             bytes(row[: int(length)].tolist()).decode() for row, length in zip(rows, lengths, strict=True)
         ]
+
+    def does(self, part: str, *, update: int | None = None, waits: bool = False) -> None:
+        """This process begins a part of an update; see `Heartbeat.does`."""
+        if self.heart is not None:
+            self.heart.does(part, update=update, waits=waits)
 
     def gathered(self, value: Any) -> list[Any]:
         """Plain JSON values of all processes, by rank."""
@@ -170,7 +191,8 @@ class Ranks:
             return tensor
         mine = tensor.detach().cpu().contiguous().view(torch.uint8)  # not every type can be sent
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.sharing))]
-        dist.all_gather(parts, mine, group=self.sharing)
+        with self._meeting():
+            dist.all_gather(parts, mine, group=self.sharing)
         return torch.cat([part.view(tensor.dtype) for part in parts], dim=1).to(tensor.device)
 
     def whole_batch(self, tensor: Tensor) -> Tensor:
@@ -180,7 +202,8 @@ class Ranks:
         """
         mine = tensor.detach().cpu().contiguous().view(torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine, group=self.everyone)
+        with self._meeting():
+            dist.all_gather(parts, mine, group=self.everyone)
         span = 1 if self.sharing is None else dist.get_world_size(self.sharing)
         return torch.cat([part.view(tensor.dtype) for part in parts[::span]]).to(tensor.device)
 
@@ -189,14 +212,15 @@ class Ranks:
 
         Every process must call it, and the others get back what they give.
         """
-        if self.rank not in (source, target) or source == target:
-            return tensor
         sent = tensor.detach().cpu().contiguous()
         carried = sent.view(torch.uint8)  # not every type can be sent
-        if self.rank == source:
-            dist.send(carried, target, group=self.everyone)
-            return tensor
-        dist.recv(carried, source, group=self.everyone)
+        with self._meeting():  # also of those who only look on, so that all count as many
+            if self.rank not in (source, target) or source == target:
+                return tensor
+            if self.rank == source:
+                dist.send(carried, target, group=self.everyone)
+                return tensor
+            dist.recv(carried, source, group=self.everyone)
         return sent.to(tensor.device)
 
     def agree(self, facts: Mapping[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
 KL and entropy reward then look back at a policy of some updates ago. What the reference holds is saved with a
 checkpoint, so that a resumed run goes on with it.
+
+Under fsdp each process moves the slices that it has. What is trained outside of the layers lies whole in the reference,
+and is gathered from the policy.
 """
 
 from __future__ import annotations
@@ -12,8 +15,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from stage.gradients import local
 from stage.policy.lora import AdaptersOff
+from stage.policy.rollout_weights import whole
+from stage.strategy import sliced
 
 
 class FollowingReference(Callback):
@@ -24,6 +31,7 @@ class FollowingReference(Callback):
             tuple[str, Tensor, nn.Parameter]
         ] = []  # name, weights of the reference, of the policy
         self._loaded: Mapping[str, Tensor] = {}
+        self._writes = True  # whether this process writes checkpoints
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Raises ValueError without a reference, or with one that has no weights of its own."""
@@ -34,12 +42,13 @@ class FollowingReference(Callback):
                 f"a reference that follows the policy needs weights of its own on the device, got {found}; set "
                 "model/adapter=none, reference_on_cpu=false and beta above 0, or leave callbacks.reference out"
             )
+        self._writes = pl_module.ranks.first
         weights = dict(reference.named_parameters())
         trained = [(name, p) for name, p in pl_module.policy.named_parameters() if p.requires_grad]
         self._pairs = [(name, weights[name].data, parameter) for name, parameter in trained]
         for name, mine, _ in self._pairs:
             if name in self._loaded:
-                mine.copy_(self._loaded[name])
+                mine.copy_(sliced(self._loaded[name], mine))
         self._loaded = {}
 
     def on_train_batch_end(
@@ -55,13 +64,25 @@ class FollowingReference(Callback):
         """`reference += share * (policy - reference)`, in place."""
         with torch.no_grad():
             for _, mine, parameter in self._pairs:
-                mine.lerp_(parameter.detach().to(mine.dtype), share)
+                local(mine).lerp_(as_sliced(parameter.detach(), mine), share)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: mine.detach().clone() for name, mine, _ in self._pairs}
+        found = {}
+        for name, mine, _ in self._pairs:
+            full = whole(mine, mine.dtype, local(mine).device)
+            found[name] = full.to("cpu", copy=True) if self._writes else full.new_empty(0)
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
+
+
+def as_sliced(weights: Tensor, like: Tensor) -> Tensor:
+    """Weights of the policy as this process has `like`, those of the reference: a slice or all of them, in its type."""
+    if isinstance(weights, DTensor) and not isinstance(like, DTensor):
+        return whole(weights, like.dtype, like.device)
+    mine = local(like)
+    return local(weights).to(mine.device, mine.dtype)
 
 
 class RefreshedReference(FollowingReference):

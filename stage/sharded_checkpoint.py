@@ -11,7 +11,6 @@ slice they hold. They are read into any number of processes, or put together who
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import warnings
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from stage.ranks import Ranks
-from stage.training_checkpoint import save
+from stage.whole_files import save, sync
 
 RECORD, WEIGHTS, OPTIMIZER = "record.pt", "weights", "optimizer"
 FILE_BYTES = (
@@ -133,16 +132,6 @@ def _complete(temporary: Path, record: Mapping[str, Any], path: Path, ranks: Ran
                 sync(inner)
             temporary.rename(path)
             sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Return once a file, or the names in a folder, are on the disk; a folder that is not there has none."""
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def check_parts(folder: Path, parts: Mapping[str, int]) -> None:

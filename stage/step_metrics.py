@@ -1,16 +1,47 @@
-"""Seconds, shares and memory of an update, and which of its metrics are a largest value."""
+"""Seconds, shares and memory of an update, who is told of its parts, and which of its metrics are a largest value."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from stage.group_draws import Stopwatch
 from stage.objective.metrics import is_maximum
+from stage.ranks import Ranks
 from stage.types import Metrics
 
 ROLLOUT_PARTS = ("sample", "decode", "reference")
+GATHERED = (
+    "gather",
+    "reference",
+    "replay",
+)  # parts in which processes with slices of the weights wait for one another
+
+
+class ToldStopwatch(Stopwatch):
+    """A stopwatch that tells the other processes which part of an update this one is in.
+
+    Args:
+        device: see `Stopwatch`.
+        ranks: who is told.
+        update: rollouts done.
+        gathers: whether weights are gathered from other processes where they are read.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks, update: int, *, gathers: bool) -> None:
+        super().__init__(device)
+        self.ranks, self.update, self.gathers = ranks, update, gathers
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        part = "the start" if name == "total" else name
+        self.ranks.does(part, update=self.update + 1, waits=self.gathers and name in GATHERED)
+        with super().__call__(name):
+            yield
 
 
 def time_metrics(seconds: Metrics, images: int, device: torch.device, *, replayed: bool) -> Metrics:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from stage.code_version import code_sha256
+from stage.heartbeat import SPARE, Heartbeat, begin
 from stage.policy.drawing import reasons
 from stage.policy.gathered import Gathered
 from stage.policy.lora import AdaptersOff
 from stage.policy.rollout_weights import whole
 from stage.policy.sharded import computed_in, shard
-from stage.ranks import ALONE, Ranks, connect, divide
+from stage.ranks import ALONE, Ranks, connect, divide, known
 from stage.sharded_checkpoint import Joined, Moments, write_sharded
 from stage.training_checkpoint import trained_names
 
@@ -45,7 +47,34 @@ OF_THE_FIRST = (
 )  # settings with folders, which the first process has alone
 
 
-class Replicated(DDPStrategy):
+class Watched:
+    """What both strategies do when training ends: part from the other processes, or tell them of an error."""
+
+    lightning_module: Any
+
+    def on_exception(self, exception: BaseException) -> None:
+        """After the callbacks, which may have saved what was done."""
+        super().on_exception(exception)  # type: ignore[misc]
+        heart = self._heart
+        if heart is None or isinstance(exception, KeyboardInterrupt) or known(exception):
+            return
+        if heart.fail(" ".join(f"{type(exception).__name__}: {exception}".split())):
+            exception.on_all_ranks = True  # type: ignore[attr-defined]
+
+    def teardown(self) -> None:
+        """Called however training ends."""
+        if self._heart is not None:
+            self._heart.stop()
+        super().teardown()  # type: ignore[misc]
+
+    @property
+    def _heart(self) -> Heartbeat | None:
+        ranks = getattr(self.lightning_module, "ranks", ALONE)
+        found: Heartbeat | None = ranks.heart
+        return found
+
+
+class Replicated(Watched, DDPStrategy):
     """Every process has all weights; gradients are averaged while the backward pass runs (conf/strategy/ddp.yaml).
 
     Args:
@@ -55,7 +84,9 @@ class Replicated(DDPStrategy):
     def __init__(self, *, timeout_seconds: float) -> None:
         # Buffers are frozen, so alike everywhere.
         super().__init__(
-            broadcast_buffers=False, gradient_as_bucket_view=True, timeout=limit(timeout_seconds)
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            timeout=limit(timeout_seconds) + timedelta(seconds=SPARE),
         )
         self.timeout_seconds = timeout_seconds
 
@@ -66,7 +97,7 @@ class Replicated(DDPStrategy):
         super().configure_ddp()
 
 
-class Sharded(ModelParallelStrategy):
+class Sharded(Watched, ModelParallelStrategy):
     """Weights, gradients and optimizer are sliced over the processes, by decoder layers (conf/strategy/fsdp.yaml).
 
     Args:
@@ -81,12 +112,14 @@ class Sharded(ModelParallelStrategy):
     """
 
     def __init__(self, *, timeout_seconds: float, cpu_offload: bool, rollout: str, checkpoint: str) -> None:
-        for name, value, known in (("rollout", rollout, ROLLOUTS), ("checkpoint", checkpoint, CHECKPOINTS)):
-            if value not in known:
+        for name, value, choices in (("rollout", rollout, ROLLOUTS), ("checkpoint", checkpoint, CHECKPOINTS)):
+            if value not in choices:
                 raise ValueError(
-                    f"trainer.strategy.{name} must be {' or '.join(known)}; got {value!r}. Name one of them."
+                    f"trainer.strategy.{name} must be {' or '.join(choices)}; got {value!r}. Name one of them."
                 )
-        super().__init__(save_distributed_checkpoint=False, timeout=limit(timeout_seconds))
+        super().__init__(
+            save_distributed_checkpoint=False, timeout=limit(timeout_seconds) + timedelta(seconds=SPARE)
+        )
         self.timeout_seconds, self.cpu_offload, self.rollout = timeout_seconds, cpu_offload, rollout
         self.in_parts, self._saving = checkpoint == "sharded", ALONE
 
@@ -233,8 +266,11 @@ def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str,
         return ALONE
     rank, world = strategy.global_rank, strategy.world_size
     span = divide(rank, world, prompts, group_size).span
-    ranks = connect(rank, world, span, timedelta(seconds=getattr(strategy, "timeout_seconds", 1800)))
+    seconds = getattr(strategy, "timeout_seconds", 1800)
+    ranks = connect(rank, world, span, timedelta(seconds=seconds + SPARE))
     ranks.agree(versions() | {"configuration": {k: v for k, v in config.items() if k not in OF_THE_FIRST}})
+    if isinstance(strategy, Watched):  # which ends it, too
+        ranks = replace(ranks, heart=begin(rank, world, seconds, ranks.exchange))
     return ranks
 
 

@@ -19,11 +19,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import pickle
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from stage.checkpoint_folder import others
-from stage.sharded_checkpoint import RECORD, WEIGHTS, is_sharded, read_sharded, sync
+from stage.sharded_checkpoint import RECORD, WEIGHTS, is_sharded, read_sharded
 
 POLICY = "policy."  # prefix of the policy's entries in `state_dict`
 REQUIRED = ("state_dict", "update", "config", "overrides", "base", "random")
@@ -203,40 +201,3 @@ def from_text(text: str) -> dict[str, Any]:
     """Undo `to_text`."""
     found: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
     return found
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
-
-    A kill or a full disk in the middle leaves the former file whole. The temporary file lies in the same
-    folder, since a rename is atomic only within one file system.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save, whole or not at all (`atomic_write`).
-
-    Raises OSError with the system's reason where `path` cannot be written; torch's own error hides it behind positions
-    in a stream, so it writes into a file of Python's.
-    """
-    try:
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:
-        reason: BaseException | None = error
-        while reason is not None and not isinstance(reason, OSError):
-            reason = reason.__context__
-        if reason is None:
-            raise
-        raise OSError(
-            f"{path} could not be written ({reason.strerror or reason}). Make room; what was saved before is whole."
-        ) from error

@@ -24,7 +24,8 @@ from stage.checkpoints import Checkpoints
 from stage.group_draws import draw
 from stage.loggers import MetricsFile, read_metrics
 from stage.module import StageModule
-from stage.training_checkpoint import atomic_write, read_training_checkpoint
+from stage.training_checkpoint import read_training_checkpoint
+from stage.whole_files import atomic_write
 from tests.tiny_training import (
     PROMPTS,
     Redness,
@@ -238,13 +239,13 @@ def test_a_signal_finishes_the_update_and_saves(base: Path, tmp_path: Path, numb
     """The signal comes during the second update; resumed, the run ends where an uninterrupted one does."""
     torch.manual_seed(1)
     whole = fit(tmp_path / "whole", resumable(base), [])
-    stop, keep = CleanStop(), checkpoints(tmp_path, every=100)
+    stop, keep = CleanStop(seconds=None), checkpoints(tmp_path, every=100)
     torch.manual_seed(1)
     module = fit(tmp_path, resumable(base), [stop, keep, Send(1, number)])
     assert stop.signal_number == number and module.update == keep.saved_update == 2
     assert signal.getsignal(number) != stop._stop
     torch.manual_seed(2)
-    again = fit(tmp_path, resumable(base), [CleanStop(), checkpoints(tmp_path)], resume=keep.last)
+    again = fit(tmp_path, resumable(base), [CleanStop(seconds=None), checkpoints(tmp_path)], resume=keep.last)
     assert again.update == 4 and same(weights(again), weights(whole))
     assert [row["update"] for row in read_metrics(tmp_path / "metrics.csv")] == ["1", "2", "3", "4"]
 
@@ -261,7 +262,7 @@ def test_a_signal_before_the_first_update_is_resumable_too(
 
     keep = checkpoints(tmp_path)
     once = validation(prompt_file, prompts_per_batch=5)
-    module = fit(tmp_path, tiny_module(base, scorer=Early()), [CleanStop(), once, keep])
+    module = fit(tmp_path, tiny_module(base, scorer=Early()), [CleanStop(seconds=None), once, keep])
     assert module.update == keep.saved_update == 0
     again = fit(
         tmp_path, tiny_module(base), [validation(prompt_file), checkpoints(tmp_path)], resume=keep.last
@@ -274,8 +275,39 @@ def test_a_second_signal_abandons_the_update(base: Path, tmp_path: Path) -> None
     keep = checkpoints(tmp_path, every=1)
     module = tiny_module(base)
     with pytest.raises(SystemExit):
-        fit(tmp_path, module, [CleanStop(), keep, Send(2, signal.SIGINT, signal.SIGINT)])
+        fit(tmp_path, module, [CleanStop(seconds=None), keep, Send(2, signal.SIGINT, signal.SIGINT)])
     assert module.update == keep.saved_update == read_training_checkpoint(keep.last)["update"] == 2
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_sigterm_does_not_abandon_the_update(base: Path, tmp_path: Path, signals: Any) -> None:
+    """srun sends one to every process, and torchrun sends its own on to them."""
+    keep, stop = checkpoints(tmp_path, every=100), CleanStop(seconds=None)
+    module = fit(tmp_path, tiny_module(base), [stop, keep, Send(1, *signals)])
+    assert stop.signal_number == signals[0]
+    assert module.update == keep.saved_update == read_training_checkpoint(keep.last)["update"] == 2
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_an_update_that_takes_too_long_after_a_signal_is_given_up(
+    base: Path, tmp_path: Path, at_end: bool
+) -> None:
+    """No time at all: the rollout of the third update is the last; told during learning, the update is."""
+
+    class Late(Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            if module.update == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    keep, late = checkpoints(tmp_path, every=100), Late() if at_end else Send(2, signal.SIGTERM)
+    module = tiny_module(base)
+    with pytest.raises(InterruptedError, match=r"SIGTERM came 0 s ago, and callbacks\.stop\.seconds is 0"):
+        fit(tmp_path, module, [CleanStop(seconds=0), late, keep])
+    assert module.update == keep.saved_update == read_training_checkpoint(keep.last)["update"] == 2
+    again = fit(tmp_path, tiny_module(base), [checkpoints(tmp_path)], resume=keep.last)
+    assert again.update == 3
+    with pytest.raises(ValueError, match=r"stop\.seconds must be a number of seconds or null; got -1"):
+        CleanStop(seconds=-1)
 
 
 def test_the_line_of_progress_says_what_is_left() -> None:

@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from stage.checkpoints import Checkpoints
+from stage.gradients import check_finite
 from stage.group_draws import draw
 from stage.loggers import MetricsFile, read_metrics
-from stage.module import StageModule, check_finite
+from stage.module import StageModule
 from stage.optimizer import MasterAdamW
 from stage.policy.janus import load_policy
 from stage.policy.lora import add_lora

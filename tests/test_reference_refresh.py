@@ -9,8 +9,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from stage.checkpoints import Checkpoints
 from stage.reference_refresh import FollowingReference, MovingReference, RefreshedReference
-from tests.tiny_training import objective, tiny_base, tiny_module, tiny_trainer, weights
+from tests.processes import run
+from tests.tiny_training import objective, tiny_base, tiny_module, tiny_policy, tiny_trainer, weights
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,41 @@ def test_what_it_holds_is_saved_and_comes_back(base: Path, tmp_path: Path) -> No
     again.on_train_start(None, module)  # type: ignore[arg-type]
     found = dict(module.reference.named_parameters())  # type: ignore[union-attr]
     assert saved and all(found[name].equal(value) for name, value in saved.items())
+
+
+def followed(base: Path, folder: Path, strategy: dict[str, Any] | None) -> dict[str, Any]:
+    """What a moving reference holds after three updates, and after a resume and a fourth, in float64."""
+    more: dict[str, Any] = {} if strategy is None else {"strategy": strategy, "devices": 2}
+    found = []
+    for updates, resume in ((3, None), (4, folder / "last.ckpt")):
+        callback = MovingReference(decay=0.75)
+        keep = Checkpoints(folder=str(folder), every=3, keep=1, beside_training=False, monitor="reward/mean")
+        policy = tiny_policy(base).double()
+        module = tiny_module(base, policy=policy, updates=updates, objective=objective(beta=0.1))
+        tiny_trainer(folder, [callback, keep], **more).fit(module, ckpt_path=resume, weights_only=True)
+        found.append(callback.state_dict())
+    return {"three": found[0], "four": found[1], "metric": module.latest["policy/kl"]}
+
+
+@pytest.mark.slow
+def test_slices_follow_as_the_whole_does(base: Path, tmp_path: Path) -> None:
+    strategy = {
+        "_target_": "stage.strategy.Sharded",
+        "checkpoint": "sharded",
+        "timeout_seconds": 60,
+        "cpu_offload": False,
+        "rollout": "copy",
+    }
+    one = followed(base, tmp_path / "one", None)
+    two = run(2, tmp_path / "two", followed, base, tmp_path / "runs", strategy)
+    start = dict(tiny_policy(base).named_parameters())
+    for moment in ("three", "four"):
+        assert one[moment].keys() == two[0][moment].keys()
+        for name, value in one[moment].items():
+            torch.testing.assert_close(two[0][moment][name], value, atol=1e-9, rtol=0)
+    assert any(not torch.equal(value, start[name].double()) for name, value in one["three"].items())
+    assert any(not torch.equal(value, one["three"][name]) for name, value in one["four"].items())
+    assert two[1]["metric"] == pytest.approx(one["metric"], abs=1e-9)
 
 
 def test_what_cannot_follow_raises(base: Path) -> None:

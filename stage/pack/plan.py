@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stage.training_checkpoint import atomic_write, read_training_checkpoint
+from stage.training_checkpoint import read_training_checkpoint
+from stage.whole_files import atomic_write
 
 RECORD, LAST = "packed.json", Path("checkpoints") / "last.ckpt"
 

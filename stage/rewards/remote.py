@@ -11,7 +11,15 @@ from typing import Any
 import httpx
 import torch
 from pydantic import BaseModel, ValidationError
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_before_delay,
+    stop_when_event_set,
+    wait_random_exponential,
+)
 from torch import Tensor
 
 from stage.rewards.wire import (
@@ -43,7 +51,8 @@ class RemoteReward:
         token: what the servers ask for, null for none.
         scorer: sha256 that `/v1/about` must name; null takes what the first server says.
         timeout_seconds: for one answer; connect_seconds: to reach a server.
-        attempts: tries of one request in all.
+        attempts: tries of one request in all; give_up_seconds: no other begins after so long. As soon as one request is
+            given up no other is tried again, so that a dead pool raises within this time and two answers' time.
         backoff_seconds, max_backoff_seconds: the first and the longest pause between tries.
         images_per_request: at most; at least one prompt with one image, and all of its images where they are compared.
         requests_in_flight: at a time.
@@ -60,6 +69,7 @@ class RemoteReward:
         timeout_seconds: float,
         connect_seconds: float,
         attempts: int,
+        give_up_seconds: float,
         backoff_seconds: float,
         max_backoff_seconds: float,
         images_per_request: int,
@@ -78,7 +88,7 @@ class RemoteReward:
         self._client = httpx.Client(headers=headers, timeout=timeout, trust_env=False)
         self._retry = Retrying(
             retry=retry_if_exception_type(Unreachable),
-            stop=stop_after_attempt(attempts),
+            stop=stop_after_attempt(attempts) | stop_before_delay(give_up_seconds),
             wait=wait_random_exponential(multiplier=backoff_seconds, max=max_backoff_seconds),
             reraise=True,
         )
@@ -117,7 +127,7 @@ class RemoteReward:
         """Raises ValueError where the servers can never score one of these prompts."""
         for start in range(0, len(prompts), 256):
             body = CheckRequest(version=VERSION, prompts=from_prompts(prompts[start : start + 256]))
-            self._ask("/v1/check", body, Checked)
+            self._ask("/v1/check", body, Checked, threading.Event())
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Images uint8 `[P, G, H, W, 3]` and P prompts to the parts `[P, G, R]` of the servers' scorer.
@@ -132,8 +142,13 @@ class RemoteReward:
             for row in range(len(prompts))
             for start in range(0, images.shape[1], each)
         ]
+        dead = threading.Event()
         with ThreadPoolExecutor(self.requests_in_flight) as pool:
-            found = list(pool.map(lambda piece: self._score(*piece), pieces))
+            try:
+                found = list(pool.map(lambda piece: self._score(piece[0], piece[1], dead), pieces))
+            except BaseException:
+                dead.set()  # or the pool would wait for all tries of the others
+                raise
         first = found[0]
         if any((s.names, s.weights, s.ranges) != (first.names, first.weights, first.ranges) for s in found):
             raise ValueError(
@@ -147,14 +162,14 @@ class RemoteReward:
         parts = torch.cat([scores.parts[0] for scores in found]).unflatten(0, tuple(images.shape[:2]))
         return Scores(parts.to(images.device), first.names, first.weights, tuple(reasons), first.ranges)
 
-    def _score(self, prompts: Sequence[Prompt], images: Tensor) -> Scores:
+    def _score(self, prompts: Sequence[Prompt], images: Tensor, dead: threading.Event) -> Scores:
         pictures = images[0].numpy()
         body = ScoreRequest(
             version=VERSION,
             prompts=from_prompts(prompts),
             images=[[encode_image(picture) for picture in pictures]],
         )
-        answer = self._ask("/v1/score", body, ScoreAnswer)
+        answer = self._ask("/v1/score", body, ScoreAnswer, dead)
         if answer.scorer != self.scorer:
             raise ValueError(
                 f"a run must be scored by one scorer, {self.scorer}; a server now answers with {answer.scorer}. "
@@ -162,13 +177,15 @@ class RemoteReward:
             )
         return from_answer(answer, 1, len(pictures))
 
-    def _ask(self, path: str, body: BaseModel, expected: type[Any]) -> Any:
+    def _ask(self, path: str, body: BaseModel, expected: type[Any], dead: threading.Event) -> Any:
         content = body.model_dump_json()
         with self._lock:
             start = next(self._turn)  # where this request begins; its next try is at the next server
         urls = (self.urls[turn % len(self.urls)] for turn in itertools.count(start))
+        stop = self._retry.stop | stop_when_event_set(dead)  # type: ignore[operator]
+        retry = self._retry.copy(stop=stop, sleep=sleep_using_event(dead))
         try:
-            return self._retry(lambda: self._once("POST", next(urls), path, content, expected))
+            return retry(lambda: self._once("POST", next(urls), path, content, expected))
         except Unreachable as error:
             raise ConnectionError(
                 f"the reward servers {', '.join(self.urls)} did not answer, last: {error}. No reward was made up: "

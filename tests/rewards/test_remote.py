@@ -64,6 +64,7 @@ def remote(*ports: int, **changes: Any) -> RemoteReward:
         "timeout_seconds": 5.0,
         "connect_seconds": 2.0,
         "attempts": 4,
+        "give_up_seconds": 60.0,
         "backoff_seconds": 0.01,
         "max_backoff_seconds": 0.05,
         "images_per_request": 3,
@@ -182,3 +183,21 @@ def test_every_image_is_scored_once_through_errors_stalls_and_a_kill(tmp_path: P
 def lines(folder: Path) -> list[int]:
     file = folder / "scored.txt"
     return [int(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+@contextmanager
+def silent() -> Iterator[int]:
+    """A server that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_silent_servers_are_given_up_in_the_stated_time(server: int) -> None:
+    """Eight pieces, two at a time: 0.5 s of tries, one more of 0.4 s, and no other piece is begun."""
+    with silent() as port:
+        reward = remote(server, timeout_seconds=0.4, attempts=1000, give_up_seconds=0.5, requests_in_flight=2)
+        reward.urls = [f"http://127.0.0.1:{port}"]
+        begun = time.monotonic()
+        with pytest.raises(ConnectionError, match=r"did not answer, last: .* ReadTimeout"):
+            reward(numbered_images(8, 3), some_prompts(8))
+        assert 0.4 < time.monotonic() - begun < 0.5 + 2 * 0.4 + 1.0  # all tries of all pieces: 3.6
