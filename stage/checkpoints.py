@@ -181,10 +181,16 @@ class Checkpoints(Checkpoint):
         known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         if not isinstance(exception, Exception) or not known:
             return
-        self.finish(pl_module)
-        if pl_module.update > 0 and pl_module.update != self.saved_update and pl_module.whole:
-            self.save(trainer, pl_module, best=False)
+        try:
             self.finish(pl_module)
+            if pl_module.update > 0 and pl_module.update != self.saved_update and pl_module.whole:
+                self.save(trainer, pl_module, best=False)
+                self.finish(pl_module)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # the first reason stays the first, and training ends in good order
+            exception.add_note(f"what was done before could not be saved: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score}

@@ -179,10 +179,14 @@ def check(config: DictConfig) -> None:
 def accelerator(name: str) -> str:
     """Lightning's name of what trains. `auto` and `gpu` are never Apple's MPS, which Lightning would take.
 
-    Raises ValueError for MPS by name: draws and advantages are summed in float64, which it does not have.
+    Raises ValueError for a GPU that is not there, and for MPS: draws and advantages are float64, which it has not.
     """
     import torch
 
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator={name} needs CUDA, and torch finds none. Set trainer.accelerator=cpu"
+        )
     if name == "mps":
         raise ValueError(
             "trainer.accelerator must be auto, cpu or gpu (CUDA): draws and advantages are summed in float64, which "

@@ -310,8 +310,8 @@ class StageModule(LightningModule):
         # All numbers of a step come from the device at once.
         checked = {"loss": torch.stack(losses).sum(), "gradient norm": norm}
         found = merge_metrics(parts, checked)
-        with self.ranks.together():
-            for name in checked:
+        for name in checked:  # the loss first: a norm is that of all processes, and not where the fault lies
+            with self.ranks.together():
                 check_finite(found[name], name, self.update)
         # What is one mean over several processes adds up; everything else is a mean over processes.
         merged = {n: v if is_maximum(n) else v * self._parts for n, v in found.items() if n not in checked}

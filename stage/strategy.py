@@ -61,6 +61,12 @@ class Watched:
         if heart.fail(" ".join(f"{type(exception).__name__}: {exception}".split())):
             exception.on_all_ranks = True  # type: ignore[attr-defined]
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """All processes read it, or none."""
+        with self.lightning_module.ranks.together():
+            found: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)  # type: ignore[attr-defined]
+        return found
+
     def teardown(self) -> None:
         """Called however training ends."""
         if self._heart is not None:
@@ -178,10 +184,6 @@ class Sharded(Watched, ModelParallelStrategy):
             write_sharded(checkpoint, Path(filepath), self._saving)
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        found: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
-        return found
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -148,6 +148,11 @@ def test_an_accelerator_is_never_mps(cuda: bool, monkeypatch: pytest.MonkeyPatch
     """Lightning would take it for `auto` and for `gpu` where it is there."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert launch.accelerator("auto") == ("cuda" if cuda else "cpu")
-    assert launch.accelerator("gpu") == "cuda" and launch.accelerator("cpu") == "cpu"
+    assert launch.accelerator("cpu") == "cpu"
+    if cuda:
+        assert launch.accelerator("gpu") == "cuda"
+    else:
+        with pytest.raises(ValueError, match="=gpu needs CUDA"):
+            launch.accelerator("gpu")
     with pytest.raises(ValueError, match="float64, which MPS does not have"):
         launch.accelerator("mps")

@@ -22,7 +22,7 @@ from stage import launch, multirun
 from stage.code_version import code_record
 from stage.loggers import read_metrics
 from tests.test_conf import CONF, composed
-from tests.test_train import Program, program, world  # noqa: F401  fixtures
+from tests.test_train import Program, program, tiny, world  # noqa: F401  fixtures
 from tests.tiny_training import ROOT
 
 # What a job is replaced with where training itself is not the point: it notes that it was called and exits as told.

@@ -43,7 +43,8 @@ def update(seconds: float, **more: float) -> dict[str, float]:
     row |= {"time/rollout_share": 0.5, "time/reward_share": 0.0, "time/update_share": 0.25}
     return (
         row
-        | {"time/peak_memory_bytes": seconds * 2**30, "loss/total": -1.0, "policy/gradient_norm": 3.0}
+        | {"time/peak_memory_bytes": seconds * 2**30, "time/processor": seconds / 2}
+        | {"loss/total": -1.0, "policy/gradient_norm": 3.0}
         | more
     )
 
