@@ -4,7 +4,7 @@ A thread beside the main one, since a main thread that waits in a collective can
 does to the first one, a few times a minute and whatever its main thread waits for. The first one ends all of them,
 with the reason, when
 
-- a process has died: at once;
+- a process has died, or torchrun, which is to end them: at once;
 - a process has failed and the others do not know of it: at once, with its words;
 - nobody has moved for `patience` seconds while somebody waits for the others: it names who is behind.
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from stage.links import Link, meet
+from stage.processes import started
 
 ROUND = 2.0  # seconds between two words of a process
 ROUNDS = 10  # in the patience, at least
@@ -141,6 +142,7 @@ class Heartbeat:
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._main = threading.main_thread().ident
+        self._torchrun = os.getppid() if started().by == "torchrun" else None
         self._thread = threading.Thread(
             target=self._lead if rank == 0 else self._follow, name="heartbeat", daemon=True
         )
@@ -261,6 +263,14 @@ class Heartbeat:
         ready, _, _ = select.select(ends, [], [], self._round / 2)
         if self._woken in ready:
             self._woken.recv(1 << 12)
+        if (
+            self._torchrun is not None and os.getppid() != self._torchrun
+        ):  # or a resumed run would meet this one
+            text = f"torchrun, which started process {self.rank} of {self.world}, has died. {ADVICE}"
+            if self.rank == 0:
+                self._end(text)
+            os.write(2, f"{text}\n".encode())
+            os._exit(1)
 
     def _line(self) -> str:
         """File and line where the main thread is."""

@@ -155,3 +155,20 @@ def test_a_signal_to_all_or_one_saves_and_leaves(tmp_path: Path) -> None:
     saved = read_training_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert f"update {saved['update']} of 200 is saved" in output
     assert len(saved["processes"]) == 2 and torch.is_tensor(saved["processes"][1]["torch"])
+
+
+@pytest.mark.slow
+def test_processes_do_not_outlive_torchrun(tmp_path: Path) -> None:
+    """Or they would go on writing beside the run that resumes."""
+    process = begin(tmp_path, "ddp", "updates=2000", "callbacks.checkpoints.every=2")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("update 3/"):
+            break
+    process.kill()
+    killed = time.monotonic()
+    rest = process.stdout.read()  # ends when nobody has it open any more
+    assert time.monotonic() - killed < 15, rest
+    (error,) = [line for line in rest.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: torchrun, which started process 0 of 2, has died"), rest
+    assert read_training_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["update"] >= 2
