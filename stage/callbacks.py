@@ -347,12 +347,14 @@ class CleanStop(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Processes get a signal at different moments, or one alone does: they stop after the same update.
+        told = self.signal_number or 0
         if trainer.world_size > 1:
-            told = max(pl_module.ranks.gathered(self.signal_number or 0))
+            told = max(pl_module.ranks.gathered(told))
             if told:
                 self.signal_number, trainer.should_stop = told, True
                 self._told = self._told or time.monotonic()
-        if self.signal_number is not None and not pl_module.update >= pl_module.updates:
+        # What was told, and not a signal of this moment, which the others know nothing of.
+        if told and not pl_module.update >= pl_module.updates:
             with pl_module.ranks.together():
                 self._check_time()
 

@@ -105,16 +105,20 @@ class Checkpoints(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Raise before any work, in all processes, when the folder cannot take the checkpoints."""
-        if self.beside_training and not getattr(trainer.strategy, "in_parts", True):
-            raise ValueError(
-                "a whole checkpoint of slices fills the CPU memory of one process, and is not copied once more; got "
-                "callbacks.checkpoints.beside_training=true. Set trainer.strategy.checkpoint=sharded."
-            )
+        with pl_module.ranks.together():
+            self._check_copies(trainer)
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         with pl_module.ranks.together():
             if trainer.is_global_zero:
                 self.held.prepare()
                 self._check_room(pl_module)
+
+    def _check_copies(self, trainer: Trainer) -> None:
+        if self.beside_training and not getattr(trainer.strategy, "in_parts", True):
+            raise ValueError(
+                "a whole checkpoint of slices fills the CPU memory of one process, and is not copied once more; got "
+                "callbacks.checkpoints.beside_training=true. Set trainer.strategy.checkpoint=sharded."
+            )
 
     def _check_room(self, pl_module: Any) -> None:
         missing, folder = self.held.most - self.held.count(), self.folder
