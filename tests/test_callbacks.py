@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections import namedtuple
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,3 +373,21 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(
         fit(tmp_path, tiny_module(base), [keep])
     assert read_training_checkpoint(keep.last)["update"] == 1
     assert list(keep.folder.iterdir()) == [keep.last]
+
+
+def test_a_signal_between_two_exchanges_is_told_at_the_next_one() -> None:
+    """Else this process would come to an exchange of its own, and wait in it for ever."""
+    stop, trainer = CleanStop(seconds=240), SimpleNamespace(world_size=2, should_stop=False)
+    stop._trainer = trainer  # type: ignore[assignment]
+
+    def gathered(value: int) -> list[int]:
+        stop._stop(signal.SIGTERM, None)
+        return [value, 0]
+
+    ranks = SimpleNamespace(gathered=gathered)  # without `together`, which the other process does not come to
+    module = SimpleNamespace(ranks=ranks, update=1, updates=9)
+    stop.on_train_batch_end(trainer, module, None, None, 0)  # type: ignore[arg-type]
+    assert not trainer.should_stop
+    ranks.gathered, ranks.together = lambda value: [value, 0], nullcontext
+    stop.on_train_batch_end(trainer, module, None, None, 0)  # type: ignore[arg-type]
+    assert trainer.should_stop
