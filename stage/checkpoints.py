@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stage.checkpoint_folder import CheckpointFolder
+from stage.ranks import known
 from stage.training_checkpoint import read_training_checkpoint, trained_names
 from stage.whole_files import save
 
@@ -182,8 +183,7 @@ class Checkpoints(Checkpoint):
         A second Ctrl-C saves nothing, since it asks to leave now. Of several processes the others may not know of the
         error and would be waited for: then last.ckpt stays what it was.
         """
-        known = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
-        if not isinstance(exception, Exception) or not known:
+        if not isinstance(exception, Exception) or not (trainer.world_size == 1 or known(exception)):
             return
         try:
             self.finish(pl_module)

@@ -263,14 +263,17 @@ class Heartbeat:
         ready, _, _ = select.select(ends, [], [], self._round / 2)
         if self._woken in ready:
             self._woken.recv(1 << 12)
-        if (
-            self._torchrun is not None and os.getppid() != self._torchrun
-        ):  # or a resumed run would meet this one
-            text = f"torchrun, which started process {self.rank} of {self.world}, has died. {ADVICE}"
-            if self.rank == 0:
-                self._end(text)
-            os.write(2, f"{text}\n".encode())
-            os._exit(1)
+        self._leave_orphaned()
+
+    def _leave_orphaned(self) -> None:
+        """End without torchrun, or a resumed run would meet this one."""
+        if self._torchrun is None or os.getppid() == self._torchrun:
+            return
+        text = f"torchrun, which started process {self.rank} of {self.world}, has died. {ADVICE}"
+        if self.rank == 0:
+            self._end(text)
+        os.write(2, f"{text}\n".encode())
+        os._exit(1)
 
     def _line(self) -> str:
         """File and line where the main thread is."""

@@ -77,6 +77,12 @@ def known(error: BaseException) -> bool:
     return bool(getattr(error, "on_all_ranks", False))
 
 
+def of_all(error: Exception) -> Exception:
+    """The error, said to have been raised by all processes."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Process `rank` of `world`.
@@ -172,8 +178,7 @@ class Ranks:
             return None
         if error is None:
             error = PeerError(f"process {failed[0]} of {self.world} failed: {said[failed[0]]}")
-        error.on_all_ranks = True  # type: ignore[attr-defined]
-        return error
+        return of_all(error)
 
     def mean(self, metrics: Mapping[str, float], is_maximum: Callable[[str], bool]) -> Metrics:
         """Each metric's mean over the processes that have it, or the largest where `is_maximum(name)`."""
@@ -229,12 +234,12 @@ class Ranks:
         for name, value in rows[0].items():
             for rank, row in enumerate(rows):
                 if row.get(name) != value:
-                    error = ValueError(
-                        f"all processes must run the same; {name} is {value} in process 0 and {row.get(name)} in "
-                        f"process {rank}. Start them from one environment with one command line."
+                    raise of_all(
+                        ValueError(
+                            f"all processes must run the same; {name} is {value} in process 0 and {row.get(name)} in "
+                            f"process {rank}. Start them from one environment with one command line."
+                        )
                     )
-                    error.on_all_ranks = True  # type: ignore[attr-defined]
-                    raise error
 
 
 ALONE = Ranks(0, 1)

@@ -92,7 +92,7 @@ class Replicated(Watched, DDPStrategy):
         super().__init__(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            timeout=limit(timeout_seconds) + timedelta(seconds=SPARE),
+            timeout=longer(timeout_seconds),
         )
         self.timeout_seconds = timeout_seconds
 
@@ -123,9 +123,7 @@ class Sharded(Watched, ModelParallelStrategy):
                 raise ValueError(
                     f"trainer.strategy.{name} must be {' or '.join(choices)}; got {value!r}. Name one of them."
                 )
-        super().__init__(
-            save_distributed_checkpoint=False, timeout=limit(timeout_seconds) + timedelta(seconds=SPARE)
-        )
+        super().__init__(save_distributed_checkpoint=False, timeout=longer(timeout_seconds))
         self.timeout_seconds, self.cpu_offload, self.rollout = timeout_seconds, cpu_offload, rollout
         self.in_parts, self._saving = checkpoint == "sharded", ALONE
 
@@ -259,6 +257,11 @@ def limit(seconds: float) -> timedelta:
     return timedelta(seconds=seconds)
 
 
+def longer(seconds: float) -> timedelta:
+    """The limit of collectives where a process may let the others wait for `seconds`: the heartbeat knows who does."""
+    return limit(seconds) + timedelta(seconds=SPARE)
+
+
 def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str, Any]) -> Ranks:
     """The processes of a run, each with its part of `prompts` x `group_size` samples.
 
@@ -269,7 +272,7 @@ def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str,
     rank, world = strategy.global_rank, strategy.world_size
     span = divide(rank, world, prompts, group_size).span
     seconds = getattr(strategy, "timeout_seconds", 1800)
-    ranks = connect(rank, world, span, timedelta(seconds=seconds + SPARE))
+    ranks = connect(rank, world, span, longer(seconds))
     ranks.agree(versions() | {"configuration": {k: v for k, v in config.items() if k not in OF_THE_FIRST}})
     if isinstance(strategy, Watched):  # which ends it, too
         ranks = replace(ranks, heart=begin(rank, world, seconds, ranks.exchange))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -36,6 +35,7 @@ from tests.tiny_training import (
     tiny_module,
     tiny_trainer,
     weights,
+    write_prompts,
 )
 
 # Nothing moves: what a callback finds at one update it must find at every other.
@@ -50,11 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """All five prompts; the tags are those of PROMPTS."""
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    include = [{"class": "circle", "count": 1}]
-    lines = [json.dumps({**prompt.metadata, "include": include}) for prompt in PROMPTS]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", PROMPTS)
 
 
 def validation(prompt_file: str, **changes: Any) -> Validation:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def wait_for(port: int) -> None:
     raise AssertionError("the server did not start")
 
 
+def read_until(process: subprocess.Popen[str], beginning: str) -> IO[str]:
+    """Read what a process says up to the line that begins so; the rest is still to be read."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            break
+    return process.stdout
+
+
 def children(pid: int) -> list[int]:
     """Processes that process `pid` has started."""
     return [int(found) for found in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -142,10 +152,7 @@ def test_a_dead_reward_server_ends_all_processes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_all_or_one_saves_and_leaves(tmp_path: Path) -> None:
     process = begin(tmp_path, "ddp", "updates=200", "callbacks.checkpoints.every=1000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("update 2/"):
-            break
+    read_until(process, "update 2/")
     for child in children(process.pid):  # as srun does, and torchrun then sends its own on to them
         os.kill(child, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -161,13 +168,10 @@ def test_a_signal_to_all_or_one_saves_and_leaves(tmp_path: Path) -> None:
 def test_processes_do_not_outlive_torchrun(tmp_path: Path) -> None:
     """Or they would go on writing beside the run that resumes."""
     process = begin(tmp_path, "ddp", "updates=2000", "callbacks.checkpoints.every=2")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("update 3/"):
-            break
+    output = read_until(process, "update 3/")
     process.kill()
     killed = time.monotonic()
-    rest = process.stdout.read()  # ends when nobody has it open any more
+    rest = output.read()  # ends when nobody has it open any more
     assert time.monotonic() - killed < 15, rest
     (error,) = [line for line in rest.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: torchrun, which started process 0 of 2, has died"), rest

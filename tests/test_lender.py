@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from stage.policy.sampler import Sampler
 from stage.types import Prompt, Scores
 from tests.processes import run
 from tests.test_strategy import FSDP
-from tests.tiny_training import PROMPTS, Redness, tiny_base, tiny_module, tiny_trainer
+from tests.tiny_training import PROMPTS, Redness, tiny_base, tiny_module, tiny_trainer, write_prompts
 
 UPDATES = 3
 
@@ -98,11 +97,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    include = [{"class": "circle", "count": 1}]
-    lines = [json.dumps({**prompt.metadata, "include": include}) for prompt in PROMPTS[:4]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", PROMPTS[:4])
 
 
 @pytest.mark.slow

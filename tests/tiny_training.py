@@ -96,13 +96,18 @@ def tiny_base(folder: Path) -> Path:
     return build_tiny_janus(folder, sharpness=5.0)
 
 
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
+    """A prompt file with these prompts and something to be seen for each; its path."""
+    include = [{"class": "circle", "count": 1}]
+    lines = [json.dumps({**prompt.metadata, "include": include}) for prompt in prompts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
 def tiny_world(folder: Path) -> list[str]:
     """Write base weights, a prompt file, and a configuration for the reward; the arguments of train.py that say so."""
     tiny_base(folder / "janus")
-    include = [{"class": "circle", "count": 1}]
-    lines = [json.dumps({**prompt.metadata, "include": include}) for prompt in PROMPTS]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("\n".join(lines) + "\n")
+    prompts = write_prompts(folder / "prompts.jsonl", PROMPTS)
     (folder / "conf" / "reward").mkdir(parents=True)
     (folder / "conf" / "reward" / "redness.yaml").write_text(
         "_target_: tests.tiny_training.Redness\nnoise: 0.3\n", encoding="utf-8"
