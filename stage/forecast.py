@@ -51,9 +51,9 @@ def sharded_line(module: Any, device: torch.device, strategy: Sharded) -> str:
     world, shape = strategy.world_size, shape_of(module.policy)
     wide = state_bytes(module.make_optimizer, torch.float32)
     run = replace(workload(module, world), optimizer_bytes=round(wide * shape.trained))
-    copied = strategy.rollout == "copy"
+    copied, kept = strategy.rollout == "copy", strategy.keeps_layers(one_pass=run.micro_batch == run.images)
     slices = slices_of(module.policy)
-    parts = sharded_parts(shape, slices, run, world, copied=copied, offload=strategy.cpu_offload)
+    parts = sharded_parts(shape, slices, run, world, copied=copied, kept=kept, offload=strategy.cpu_offload)
     total, room = sharded_peak(parts), device_memory(device)
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     if total > room:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+@torch.no_grad()  # where a graph might be wanted, a DTensor gives its slice through autograd, which takes its time
 def gradient_norm(gradients: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> Tensor:
     """The 2-norm of all gradients together, 0-d.
 
@@ -22,12 +23,15 @@ def gradient_norm(gradients: Sequence[Tensor], total: Callable[[Tensor], Tensor]
     return total(squares).sqrt()
 
 
+@torch.no_grad()
 def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
     """Scale gradients of norm `norm` in place, so that it is at most `limit` (torch.nn.utils.clip_grads_with_norm_)."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        mine = local(gradient)
-        mine.mul_(factor.to(mine.device))
+    slices: dict[torch.device, list[Tensor]] = {}
+    for gradient in map(local, gradients):
+        slices.setdefault(gradient.device, []).append(gradient)
+    for device, mine in slices.items():
+        torch._foreach_mul_(mine, factor.to(device))
 
 
 def local(tensor: Any) -> Tensor:

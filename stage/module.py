@@ -194,7 +194,10 @@ class StageModule(LightningModule):
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, Sharded):
-            found = strategy.shard(self.policy, self.reference, reference_on_cpu=self.reference_on_cpu)
+            one_pass = len(self._cells(self.division.num_prompts)) == 1
+            found = strategy.shard(
+                self.policy, self.reference, reference_on_cpu=self.reference_on_cpu, one_pass=one_pass
+            )
             self.lender = Lender(self.policy, self.sampler, found)
 
     def drawing(self) -> AbstractContextManager[Any]:
@@ -249,10 +252,14 @@ class StageModule(LightningModule):
         # repeat a validation in every later row, and counts optimizer steps.
         self.log_dict(self.latest, logger=False)
 
+    def _cells(self, num_prompts: int) -> list[tuple[slice, slice]]:
+        """Which prompts and samples each micro-batch of this process has."""
+        rows, columns = micro_batches(num_prompts, self.division.group_size, self.objective.micro_batch)
+        return [(prompts, samples) for prompts in rows for samples in columns]
+
     def _collect(self, watch: Stopwatch) -> Collected:
         prompts = self.prompts.batch(self.update)[self.division.prompts]
         division = self.division
-        rows, columns = micro_batches(len(prompts), division.group_size, self.objective.micro_batch)
         return collect(
             self.policy,
             self.reference,
@@ -263,7 +270,7 @@ class StageModule(LightningModule):
             update=self.update,
             seed=self.seed,
             group_size=self.group_size,
-            differentiable=len(rows) == len(columns) == self.objective.updates_per_rollout == 1,
+            differentiable=len(self._cells(len(prompts))) == self.objective.updates_per_rollout == 1,
             beside=self.reward_beside_reference,
             watch=watch,
             spare=partial(self.prompts.spare, self.update),
@@ -294,10 +301,7 @@ class StageModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        rows, columns = micro_batches(
-            len(rollout.prompts), self.division.group_size, self.objective.micro_batch
-        )
-        cells = [(prompts, samples) for prompts in rows for samples in columns]
+        cells = self._cells(len(rollout.prompts))
         losses, parts = [], []
         for index, cell in enumerate(cells):
             self.ranks.does("learning", waits=True)

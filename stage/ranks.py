@@ -34,6 +34,11 @@ class Division:
     span: int
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts that this process has samples of."""
+        return self.prompts.stop - self.prompts.start
+
+    @property
     def group_size(self) -> int:
         """Samples a prompt on this process."""
         return self.samples.stop - self.samples.start

@@ -48,7 +48,14 @@ def slices_of(policy: Any) -> Slices:
 
 
 def sharded_parts(
-    shape: ModelShape, slices: Slices, run: Workload, processes: int, *, copied: bool, offload: bool
+    shape: ModelShape,
+    slices: Slices,
+    run: Workload,
+    processes: int,
+    *,
+    copied: bool,
+    offload: bool,
+    kept: bool,
 ) -> dict[str, int]:
     """Bytes of each part on the device of one of `processes`.
 
@@ -56,6 +63,7 @@ def sharded_parts(
         run: what one process does; its `optimizer_bytes` are those of all processes, for float32 masters.
         copied: whether all weights are gathered for a rollout.
         offload: whether masters, gradients and optimizer are in CPU memory.
+        kept: whether layers stay whole from forward to backward (`Sharded.keeps_layers`).
     """
     on_device = 0 if offload else 1
     b = shape.width
@@ -72,6 +80,7 @@ def sharded_parts(
         "on their way to it": rooms if copied else 0,
         "keys and values": keys_values,
         "layers in use": b * (AHEAD * slices.layer + slices.outside),
+        "layers kept whole": b * slices.layer * max(0, shape.layers - AHEAD) if kept else 0,
         "activations": activation_bytes(shape, run),
         "gradients of a layer": (b + FLOAT) * slices.layer_trained,
         "gradients outside of the layers": (2 * b + FLOAT) * slices.outside + FLOAT * slices.layer_trained,
@@ -79,11 +88,16 @@ def sharded_parts(
 
 
 def sharded_peak(parts: Mapping[str, int]) -> int:
-    """The most that is there at once, with slack: in the rollout, in a layer's backward pass, or at the end of all."""
+    """The most that is there at once, with slack: in the rollout, in a backward pass, or at the end of all.
+
+    A backward pass begins with the layers that were kept whole and ends with all gradients: the more of these, the
+    fewer of those.
+    """
     always = parts["weights"] + parts["reference"] + parts["optimizer"]
+    layer = parts["layers in use"] + parts["activations"] + parts["gradients of a layer"]
     moments = (
         parts["gathered for the rollout"] + max(parts["on their way to it"], parts["keys and values"]),
-        parts["gradients"] + parts["layers in use"] + parts["activations"] + parts["gradients of a layer"],
+        max(parts["layers kept whole"], parts["gradients"]) + layer,
         parts["gradients"] + parts["gradients outside of the layers"],
     )
     return round(SLACK * (always + max(moments)))

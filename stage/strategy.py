@@ -131,15 +131,28 @@ class Sharded(Watched, ModelParallelStrategy):
         self._tensor_parallel_size, self._data_parallel_size = 1, self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def shard(self, policy: Any, reference: Any, *, reference_on_cpu: bool) -> Gathered:
-        """Slice a policy and its reference, in place; what the sampler reads in place of the policy."""
+    def keeps_layers(self, *, one_pass: bool) -> bool:
+        """Whether layers stay whole between forward and backward, and are gathered once for both.
+
+        They then take the room that the copy for the rollout had. With micro-batches gradients have it meanwhile.
+        """
+        return one_pass and self.rollout == "copy"
+
+    def shard(self, policy: Any, reference: Any, *, reference_on_cpu: bool, one_pass: bool) -> Gathered:
+        """Slice a policy and its reference, in place; what the sampler reads in place of the policy.
+
+        Args:
+            reference_on_cpu: keep the slices of the reference in CPU memory.
+            one_pass: all samples of a process are learned from at once, in no micro-batches.
+        """
         dtype = computed_in(policy)
         gathered = Gathered(policy, dtype, copied=self.rollout == "copy")
         mesh = self.device_mesh["data_parallel"]
         self._saving = connect(self.global_rank, self.world_size, 1, limit(self.timeout_seconds))
-        shard(policy, mesh, dtype, offload=self.cpu_offload)
+        kept = self.keeps_layers(one_pass=one_pass)
+        shard(policy, mesh, dtype, offload=self.cpu_offload, reshard_after_forward=not kept)
         if reference is not None and not isinstance(reference, AdaptersOff):
-            shard(reference, mesh, dtype, offload=reference_on_cpu)
+            shard(reference, mesh, dtype, offload=reference_on_cpu, reshard_after_forward=True)
         return gathered
 
     def model_to_device(self) -> None:

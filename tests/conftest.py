@@ -42,7 +42,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Outside material (prompt lists, golden files): `$STAGE_SHARED`, or `shared/` beside the repository."""
-    folder = Path(os.environ.get("STAGE_SHARED", ROOT.parent / "shared"))
+    folder = Path(os.environ.get("STAGE_SHARED") or ROOT.parent / "shared")
     if not folder.is_dir():
         pytest.skip(f"no outside material at {folder}: set STAGE_SHARED to the folder that has it")
     return folder

@@ -36,14 +36,14 @@ RUN = Workload(
 )
 
 
-def parts(processes: int, copied: bool = True, offload: bool = False) -> dict[str, int]:
+def parts(processes: int, copied: bool = True, offload: bool = False, kept: bool = True) -> dict[str, int]:
     policy = build_policy("tiny", "meta", torch.bfloat16)
     policy.freeze(FROZEN)
     slices, shape = slices_of(policy), shape_of(policy)
     counted = slices.replicated + slices.frozen + slices.outside + slices.layer * shape.layers
     assert counted == sum(p.numel() for p in policy.parameters())
     assert shape.trained == slices.outside + slices.layer * shape.layers
-    return sharded_parts(shape, slices, RUN, processes, copied=copied, offload=offload)
+    return sharded_parts(shape, slices, RUN, processes, copied=copied, kept=kept, offload=offload)
 
 
 def test_slices_shrink_with_the_number_of_processes() -> None:
@@ -67,7 +67,10 @@ def test_janus_pro_7b_on_eight_by_hand() -> None:
     layer, outside = 202_383_360, 102_400 * 4096 + 4096
     trained = 30 * layer + outside
     work = replace(RUN, images=8, micro_batch=8, optimizer_bytes=8 * trained)
-    found = sharded_parts(shape_of(policy), slices_of(policy), work, 8, copied=True, offload=False)
+    count = partial(sharded_parts, shape_of(policy), slices_of(policy), work, 8, copied=True, offload=False)
+    found = count(kept=True)
+    assert found["layers kept whole"] == 2 * 28 * layer  # beside the two that are in use
+    assert count(kept=False) == found | {"layers kept whole": 0}
     assert found["gradients"] == 4 * trained // 8 and found["optimizer"] == trained
     assert found["reference"] == 2 * trained // 8
     assert found["gathered for the rollout"] == 2 * trained
@@ -93,6 +96,9 @@ def test_the_largest_moment_counts() -> None:
     )  # gone before the activations
     assert sharded_peak(found | {"layers in use": 1, "gradients of a layer": 3}) == round(SLACK * 113)
     assert sharded_peak(found | {"gradients outside of the layers": 5}) == round(SLACK * 112)
+    # Gradients take the place of the layers that were kept.
+    assert sharded_peak(found | {"layers kept whole": 7}) == round(SLACK * 109)
+    assert sharded_peak(found | {"layers kept whole": 8}) == round(SLACK * 110)
 
 
 class Meter(Callback):
@@ -113,7 +119,7 @@ class Meter(Callback):
         pl_module.training_step = metered
 
 
-def _train(dtype: torch.dtype) -> list[int]:
+def _train(dtype: torch.dtype, micro_batch: int | None) -> list[int]:
     """Bytes counted for what comes and goes in an update, and those of one without Python's search for cycles."""
     # Large enough that pictures, which are counted nowhere, are small beside the weights.
     LANGUAGE["tiny"] |= dict(hidden_size=256, num_hidden_layers=6, intermediate_size=704)
@@ -122,24 +128,31 @@ def _train(dtype: torch.dtype) -> list[int]:
         Run("tiny", None, "full", "fsdp", 2, 2, 2, 0, "copy", False, None, False), torch.device("cpu")
     )
     assert module.reference is not None
+    module.objective.micro_batch = micro_batch
     for policy in (module.policy, module.reference):
         policy.to(dtype)
     meter = Meter(at=1)
     shape, work = shape_of(module.policy), workload(module, 2)
-    found = sharded_parts(shape, slices_of(module.policy), work, 2, copied=True, offload=False)
+    kept = work.micro_batch == work.images
+    assert kept == (micro_batch is None)
+    found = sharded_parts(shape, slices_of(module.policy), work, 2, copied=True, kept=kept, offload=False)
     always = found["weights"] + found["reference"] + found["optimizer"]
     tiny_trainer(Path(), [meter], [], strategy=FSDP, devices=2, enable_checkpointing=False).fit(module)
     return [round(sharded_peak(found) / SLACK) - always, meter.most]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_takes_no_more_than_was_counted(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "micro_batch"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1)]
+)
+def test_an_update_takes_no_more_than_was_counted(
+    dtype: torch.dtype, micro_batch: int | None, tmp_path: Path
+) -> None:
     """In the second update. Python looks for no cycles, so that what hangs in one is counted as what it is.
 
     The largest moment is the gather in float32, and the backward pass where weights have half the bytes of gradients.
     """
-    found = run(2, tmp_path, _train, dtype)
+    found = run(2, tmp_path, _train, dtype, micro_batch)
     # What a thread of gloo gives back last is not reported: the process where that happened less often counts.
     counted, most = min(found, key=lambda pair: pair[1])
     print(f"{dtype}: counted {counted / 1e6:.2f} MB, most at once {most / 1e6:.2f} MB")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ class Place:
 class FlatGroup:
     """Parameters that are gathered together; those that are not sliced are read as they are.
 
+    A single process has nothing to gather: it reads its slices.
+
     Raises ValueError for one that is cut along another axis.
     """
 
@@ -53,6 +55,8 @@ class FlatGroup:
             self._places[id(parameter)] = place
             self.row_bytes = -(-place.stop // ALIGNED) * ALIGNED
         self.processes = self._slices[0][0].device_mesh.size() if self._slices else 1
+        if self.processes == 1:
+            self.row_bytes = 0
         self._rows: Tensor | None = None
         self._work: Any = None
 
@@ -68,7 +72,7 @@ class FlatGroup:
 
     def start(self, mine: Tensor, everyone: Tensor) -> None:
         """Pack this process's chunks into `mine`, and begin to gather all of them into `everyone`; both are bytes."""
-        if not self._slices:
+        if self.processes == 1:
             return
         row = mine[: self.row_bytes]
         for parameter, dtype in self._slices:
@@ -90,7 +94,9 @@ class FlatGroup:
         place = self._places.get(id(parameter))
         if place is None:
             return parameter if into is None else into.copy_(parameter)
-        assert self._rows is not None
+        if self._rows is None:
+            mine = cast(DTensor, parameter).to_local()
+            return mine.to(place.dtype) if into is None else into.copy_(mine)
         if into is None:
             into = torch.empty(parameter.shape, dtype=place.dtype, device=self._rows.device)
         chunks = self._rows[:, place.start : place.stop].view(place.dtype)

@@ -24,13 +24,13 @@ from stage.policy.decoder import (
     run_layers,
     torch_operations,
 )
+from stage.policy.graph_recorder import recorder
 from stage.policy.janus import JanusPolicy
 from stage.policy.rollout_weights import Affine, RolloutWeights, rollout_weights
 from stage.policy.triton_draw import draw
 from stage.policy.triton_linear import MAX_ROWS, linear_parts
 
 PREFIX_STEP = 32  # room for prefixes grows by so many tokens, so that most batches share a graph
-WARM_UP = 2  # tokens run before capture: kernels are compiled and libraries make their handles
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,9 @@ class GraphedDecoder:
         self._draw(run_layers(self.weights, embeddings, self._attend, self.operations))
         self.counters.add_(1)
 
+    def _uncount(self) -> None:
+        self.counters.sub_(1)
+
     def _attend(self, layer: int, qkv: Tensor) -> Tensor:
         prefix, cache = self.prefix[layer], self.cache[layer]
         return triton_decode.attend(
@@ -184,18 +187,8 @@ class GraphedDecoder:
         if self.policy.device.type != "cuda":
             return self._token  # Triton's interpreter: the same path without a graph
         if self.graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
             self.counters[1] = 1
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self._token()
-                    self.counters.sub_(1)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads, a logger's for one, may use CUDA meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self._token()
+            self.graph = recorder(self.tokens.device).record(self._token, self._uncount, self.shape)
         return self.graph.replay
 
 

@@ -33,12 +33,15 @@ def computed_in(policy: Any) -> torch.dtype:
     return dtype
 
 
-def shard(policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool) -> None:
+def shard(
+    policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool, reshard_after_forward: bool
+) -> None:
     """Slice a policy or a reference over the processes of `mesh`, in place.
 
     Args:
         dtype: that is computed in.
         offload: keep the slices of a GPU in CPU memory, with the optimizer's step there.
+        reshard_after_forward: slice a layer again as soon as it has run, not after its backward pass.
     """
     wide = torch.promote_types(dtype, torch.float32)
     layers = policy.language_model.layers
@@ -52,7 +55,7 @@ def shard(policy: Any, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool) -
     trained = any(parameter.requires_grad for parameter in policy.parameters())
     for layer in layers:
         widen(layer, wide)
-        fully_shard(layer, **settings)
+        fully_shard(layer, **settings, reshard_after_forward=reshard_after_forward)
     for part in policy.modules():
         widen(part, wide, recurse=False)
     # A backward pass needs the outermost weights again at once; a reference has none.

@@ -177,7 +177,7 @@ def measure(run: Run, device: torch.device, folder: Path) -> dict[str, Any]:
         found |= saves.summary()
         if processes.rank == 0:
             shutil.rmtree(saves.folder)
-    del module, trainer
+    del module, trainer, rows, saves  # Lightning gives callbacks methods of the module
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -17,9 +17,14 @@ ADAM = 8  # bytes of two float32 moments
 MASTER = 12  # and of a float32 master beside a weight of 16 bits
 IMAGES = 8  # of one prompt, an update and GPU
 
+HOW = {
+    "fsdp": {"copied": True, "kept": True},
+    "fsdp, rollout=layers": {"copied": False, "kept": False},
+}
 
-def row(size: str, kind: str) -> list[str]:
-    """GB a GPU of a size, trained in full or with adapters: replicated, then sliced over each of `COUNTS`."""
+
+def rows(size: str, kind: str) -> list[list[str]]:
+    """GB a GPU of a size, trained in full or with adapters: a row for each way, a column for each of `COUNTS`."""
     policy = build_policy(size, "meta", torch.bfloat16)
     policy.freeze(FROZEN)
     if kind == "lora":
@@ -37,22 +42,20 @@ def row(size: str, kind: str) -> list[str]:
         checkpointing=True,
         full_attention=False,
     )
-    found = [needed(shape, run)]
+    found = {"single, ddp": [needed(shape, run)] * len(COUNTS)}
     sliced, slices = replace(run, optimizer_bytes=shape.trained * ADAM), slices_of(policy)
-    for copied in (True, False):
-        for count in COUNTS:
-            parts = sharded_parts(shape, slices, sliced, count, copied=copied, offload=False)
-            found.append(sharded_peak(parts))
-    return [size, kind, *(f"{value / 1e9:.0f}" for value in found)]
+    for name, how in HOW.items():
+        parts = [sharded_parts(shape, slices, sliced, count, offload=False, **how) for count in COUNTS]
+        found[name] = list(map(sharded_peak, parts))
+    return [[size, kind, name, *(f"{value / 1e9:.0f}" for value in values)] for name, values in found.items()]
 
 
 def table() -> str:
     """Markdown."""
-    heads = ["size", "trained", "single, ddp"]
-    heads += [f"fsdp, {count}" for count in COUNTS] + [f"fsdp layer by layer, {count}" for count in COUNTS]
-    rows = [heads, ["---"] * 3 + ["---:"] * (len(heads) - 3)]
-    rows += [row(size, kind) for size in ("1b", "7b") for kind in ("lora", "full")]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    heads = ["size", "trained", "strategy", "1 GPU", *(f"{count} GPUs" for count in COUNTS[1:])]
+    lines = [heads, ["---"] * 3 + ["---:"] * len(COUNTS)]
+    lines += [line for size in ("1b", "7b") for kind in ("lora", "full") for line in rows(size, kind)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

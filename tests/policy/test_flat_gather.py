@@ -52,7 +52,7 @@ def _gather_both_ways() -> dict[str, bool]:
                 assert torch.equal(
                     into.double(), original(parameter, sliced, tensors, plain).to(dtype).double()
                 )
-    found["a meeting a group"] = len(meetings) == 3
+    found["a meeting a group"] = len(meetings) == (3 if dist.get_world_size() > 1 else 0)
     try:
         FlatGroup([(distribute_tensor(tensors[0], mesh, [Replicate()]), torch.float32)])
     except ValueError as error:

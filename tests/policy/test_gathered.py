@@ -39,7 +39,8 @@ def sliced(base: Path, lora: bool, copied: bool = True) -> tuple[JanusPolicy, Ga
     if lora:
         add_lora(policy, rank=3, alpha=6.0, targets=("q_proj", "o_proj", "down_proj"))
     gathered = Gathered(policy, torch.bfloat16, copied=copied)
-    shard(policy, init_device_mesh("cpu", (dist.get_world_size(),)), torch.bfloat16, offload=False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard(policy, mesh, torch.bfloat16, offload=False, reshard_after_forward=True)
     stray(policy)
     return policy, gathered
 
