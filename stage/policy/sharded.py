@@ -56,12 +56,20 @@ def shard(
     for layer in layers:
         widen(layer, wide)
         fully_shard(layer, **settings, reshard_after_forward=reshard_after_forward)
+        if not reshard_after_forward:
+            layer.register_forward_hook(reshard_without_backward)
     for part in policy.modules():
         widen(part, wide, recurse=False)
     # A backward pass needs the outermost weights again at once; a reference has none.
     fully_shard(policy, **settings, ignored_params=frozen, reshard_after_forward=not trained)
     for name in FORWARDS:
         register_fsdp_forward_method(policy, name)
+
+
+def reshard_without_backward(layer: Any, *_: Any) -> None:
+    """Slice a layer again where no backward pass will: it would still have these weights after the optimizer's step."""
+    if not torch.is_grad_enabled():
+        layer.reshard()
 
 
 def widen(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> None:
