@@ -172,5 +172,5 @@ class Forecast(Callback):
         total = timedelta(seconds=round(left * seconds))
         hours = left * seconds / 3600
         cost = f", {hours * gpus:.2f} GPU-hours" if gpus else ""
-        until = f"about {total}, {hours:.2f} hours{cost}"
-        return f"{left} updates to go at {seconds:.1f} s: {until}, validation not counted"
+        until = f"about {total}" + (f", {hours:.2f} hours{cost}" if hours >= 0.01 else "")
+        return f"{left} update{'s' if left > 1 else ''} to go at {seconds:.1f} s: {until}, validation not counted"

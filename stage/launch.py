@@ -25,7 +25,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from stage import processes, resolvers
+from stage import paths, processes, resolvers
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 ONE_LINE = "STAGE_ONE_LINE"  # set beside it where it is ours and not the user's wish, for processes started meanwhile
@@ -33,11 +33,7 @@ WANTS_TRACEBACK = (
     os.environ.get(FULL_ERROR) == "1" and ONE_LINE not in os.environ
 )  # read before `run` sets them
 OF_THE_COMMAND = ("resume", "output")  # settings of one command, not of the experiment
-FIXED = (
-    "model.",
-    "optimizer.",
-    "scheduler.",
-)  # a checkpoint brings these back, whatever a configuration says
+FIXED = ("model.", "optimizer.", "scheduler.")  # what a checkpoint brings back, whatever is configured
 GROUPS = "algorithm model data reward sampler optimizer scheduler trainer logger callbacks"
 SWITCHES = ("reference_on_cpu", "reward_beside_reference", "self_check")
 SETTINGS = "seed updates group_size gradient_clip name output resume"
@@ -48,10 +44,10 @@ LEAST = {"group_size": 2, "updates": 1, "seed": 0}  # whole numbers, and the sma
 
 def register_experiments(folder: Path) -> None:
     """Make `experiment=NAME` mean `folder/NAME.yaml`, from whatever directory the program is started."""
+    store: Any = ConfigStore.instance()
+    store.__deepcopy__ = lambda memo: store  # Hydra copies it 200 times for --help
     for file in sorted(folder.glob("*.yaml")):
-        ConfigStore.instance().store(
-            name=file.stem, node=OmegaConf.load(file), group="experiment", package="_global_"
-        )
+        store.store(name=file.stem, node=OmegaConf.load(file), group="experiment", package="_global_")
 
 
 resolvers.register()
@@ -72,7 +68,7 @@ def run(main: Callable[[], Any]) -> None:
     before = {name: os.environ.get(name) for name in (FULL_ERROR, ONE_LINE)}
     with mistakes_in_one_line():
         try:
-            sys.argv[1:] = processes.arguments(sys.argv[1:])
+            sys.argv[1:] = processes.arguments(paths.quoted_arguments(sys.argv[1:]))
             os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing a traceback
             if not WANTS_TRACEBACK:
                 os.environ[ONE_LINE] = "1"
@@ -107,7 +103,9 @@ def explain(error: BaseException) -> str | None:
     """The mistake in the words of the user's input, or None for an error that is not the user's."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         if isinstance(error.__cause__, TypeError):  # an argument that the class does not have
-            return f"{str(error).rpartition('full_key: ')[2].strip()}: {_one_line(error.__cause__)}"
+            name, reason = str(error).rpartition("full_key: ")[2].strip(), _one_line(error.__cause__)
+            wrong = reason.partition("unexpected keyword argument '")[2].rstrip("'")
+            return f"{name}: {reason}" + (f"; leave it out with '~{name}.{wrong}'" if wrong else "")
         return explain(error.__cause__)
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stage import launch, processes
 from stage.code_version import CODE, code_record
+from stage.paths import quoted
 
 RECORD, LOG, LOCK = "job.json", "job.log", ".lock"
 DONE, THERE, DIED = "done", "there already", "died"
@@ -180,11 +180,6 @@ def starter(task: Task) -> list[str]:
             "set trainer.devices to their number, at least 2"
         )
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-
-
-def quoted(text: str) -> str:
-    """A string as Hydra's grammar reads it, whatever is in it."""
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 def _run(words: Sequence[str], task: Task, log: Path | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,32 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # `owner/name
 HUB_SECONDS = 10.0  # that the hub has to say whether it has a repository
 # Weights, configurations and tokenizers; pictures, code and the state of optimizers stay where they are.
 WANTED = ("*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "*.jinja")
+
+
+def quoted_arguments(given: Sequence[str]) -> list[str]:
+    """A command line on which `key=PATH` is quoted for Hydra where an existing PATH has a `=` in it.
+
+    Jobs of a sweep lie in folders such as `algorithm=grpo,seed=1`, which Hydra's grammar refuses as a plain value.
+    """
+    found = []
+    for word in given:
+        key, _, value = word.partition("=")
+        found.append(f"{key}={quoted(value)}" if "=" in value and _exists(value) else word)
+    return found
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError):  # no name of a file: too long, or of an unknown user
+        return False
+
+
+def quoted(text: str) -> str:
+    """A string as Hydra's grammar reads it, whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 def resolve(path: str | Path) -> Path:

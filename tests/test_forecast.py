@@ -98,3 +98,4 @@ def test_hours_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert report([10.0], 1, capsys) == ""
     on_cpu = "360 updates to go at 10.0 s: about 1:00:00, 1.00 hours, validation not counted\n"
     assert report([10.0], 361, capsys, gpus=False) == on_cpu
+    assert report([3.0], 2, capsys) == "1 update to go at 3.0 s: about 0:00:03, validation not counted\n"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +35,16 @@ def test_an_experiment_is_a_delta_that_the_command_line_beats(
     assert (config.updates, config.seed, config.algorithm.beta) == (7, 6, 0.5)
     assert config.algorithm.reweight_advantage is False
     assert composed("experiment=question", "algorithm=stage").algorithm.reweight_advantage is True
+
+
+def test_experiments_are_not_copied_for_every_look_up_and_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "kept.yaml").write_text("updates: 7\n")
+    launch.register_experiments(tmp_path)
+    store = ConfigStore.instance()
+    assert copy.deepcopy(store) is store
+    composed("experiment=kept").updates = 8
+    store.load("experiment/kept.yaml").node.updates = 9
+    assert composed("experiment=kept").updates == 7
 
 
 @pytest.mark.parametrize(

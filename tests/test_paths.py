@@ -7,9 +7,35 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from stage.paths import configured_folder, model_folder, resolve
+from stage.paths import configured_folder, model_folder, quoted_arguments, resolve
+
+
+def test_a_path_with_hydras_own_signs_is_quoted_where_it_exists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = Path("runs/lr=1,seed=2/it's.ckpt")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    parser = OverridesParser.create()
+    for path in (str(file), str(file.absolute()), f"~/{file}"):
+        [word] = quoted_arguments([f"checkpoint={path}"])
+        assert parser.parse_override(word).value() == path
+    others = [
+        "seed=1,2",
+        "--cfg",
+        "job",
+        "runs",
+        "x=tag(a=1)",
+        f"x='{file.parent}'",
+        "x=a=b",
+        "x=" + "a=" * 5000,
+    ]
+    assert quoted_arguments(others) == others
 
 
 def test_plain_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
