@@ -55,7 +55,7 @@ def make_world(root: Path) -> World:
     benchmark = {
         "_target_": "stage.benchmarks.shapes.ShapesBenchmark",
         "_convert_": "all",
-        "name": "small",
+        "name": "shapes",  # whose results lie directly in the folder of the model
         "splits": {
             split: {"_target_": "stage.data.read_prompts", "path": str(root / f"{split}.jsonl")}
             for split in ("validation", "heldout")

@@ -73,7 +73,7 @@ def test_several_benchmarks_of_a_checkpoint(
     assert run(world, monkeypatch, "benchmark=[small,listed]", f"checkpoint={world.checkpoint}") is None
     folder = world.run / "evaluation" / "last"
     small, listed = results(folder), results(folder / "listed")
-    assert small["benchmark"]["name"] == "small" and set(small["scores"]) == {"validation", "heldout"}
+    assert small["benchmark"]["name"] == "shapes" and set(small["scores"]) == {"validation", "heldout"}
     assert listed["benchmark"]["images_per_prompt"] == 1 and listed["config"]["benchmark"]["name"] == "listed"
     row = listed["scores"]["test"]["partial"]["overall"]
     assert set(row) == {"base", "tuned", "difference", "win_rate"}

@@ -12,7 +12,8 @@ from stage.types import Prompt, Scorer
 class ShapesBenchmark(Benchmark):
     """Prompts in GenEval's schema; the arguments are those of `Benchmark`.
 
-    Its images and results lie directly in the folder of the evaluated model.
+    Images and results of the one called shapes lie directly in the folder of the evaluated model; one of your own has
+    a folder in it, as other benchmarks do, so that neither overwrites the other's results.
     """
 
     def __init__(
@@ -39,5 +40,5 @@ class ShapesBenchmark(Benchmark):
 
     @property
     def subfolder(self) -> str:
-        """None of its own."""
-        return ""
+        """None of its own for shapes itself."""
+        return "" if self.name == "shapes" else super().subfolder

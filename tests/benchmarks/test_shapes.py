@@ -51,3 +51,8 @@ def test_a_scorer_without_the_headline_is_refused() -> None:
     other = ShapesBenchmark("x", {"all": prompts()}, 1, Bright(), "beauty", [])
     with pytest.raises(ValueError, match="must name a part 'beauty', it named partial, strict"):
         other.judge(torch.zeros(3, 1, 2, 2, 3, dtype=torch.uint8), prompts())
+
+
+def test_only_shapes_itself_lies_beside_the_folders_of_others() -> None:
+    assert benchmark().subfolder == "example"
+    assert ShapesBenchmark("shapes", {"all": prompts()}, 1, Bright(), "strict", []).subfolder == ""
