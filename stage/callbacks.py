@@ -372,8 +372,10 @@ class CleanStop(Callback):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.signal_number, self._told = number, time.monotonic()
         assert self._trainer is not None
+        if self._trainer.interrupted and number == signal.SIGTERM:
+            return  # an error is on its way out, and torchrun sends this because another process has left on it
+        self.signal_number, self._told = number, time.monotonic()
         if self._trainer.world_size == 1:
             self._trainer.should_stop = True
         # os.write and not print: a handler may run in the middle of somebody else's print.
