@@ -258,3 +258,26 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 ) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 1.0)
     fill(world, tmp_path, "ddp", small_disk)
+
+
+@pytest.mark.slow
+def test_a_scorer_that_fails_in_validation_is_not_waited_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that draw together come to the next batch together, or not at all."""
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)
+    reward = [
+        "reward._target_=tests.test_death.OnSecond",
+        "~reward.noise",
+        "+reward.how=raise",
+        "+reward.at=1",
+    ]
+    layers = ["strategy=fsdp", "trainer.strategy.rollout=layers", "trainer.strategy.timeout_seconds=20"]
+    arguments = [item for item in world.arguments if item != "callbacks.validation=null"]
+    one = "callbacks.validation.prompts_per_batch=1"
+    job = launch(tmp_path, 2, [*arguments, *reward, *layers, one, f"output={tmp_path / 'run'}"])
+    assert job.finish() == [1, 1]
+    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    assert errors == ["error: process 1 of 2 failed: ConnectionError: the reward servers are gone"], (
+        job.said()
+    )

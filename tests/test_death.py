@@ -113,7 +113,14 @@ def test_an_error_of_the_first_process_alone_is_not_taken_for_a_signal(tmp_path:
     """The second leaves on it, and torchrun then sends SIGTERM to the first, which is still on its way out."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "images").touch()  # where a folder should be
-    arguments = ["strategy=fsdp", "reward=second", "output=run", "callbacks.validation=null", *SMALL, "updates=2"]
+    arguments = [
+        "strategy=fsdp",
+        "reward=second",
+        "output=run",
+        "callbacks.validation=null",
+        *SMALL,
+        "updates=2",
+    ]
     process = start(tmp_path, *arguments)
     output, _ = process.communicate(timeout=TIME)
     assert process.returncode == 1 and "error: File exists: " in output, output
