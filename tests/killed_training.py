@@ -29,7 +29,12 @@ PERIOD = 2e-4  # seconds between two looks at a folder
 def _child(rank: int, world: int, port: int, folder: Path, arguments: Sequence[str], disk: float) -> None:
     """The program, as its own process would run it, with its output in a file."""
     fsync = os.fsync
-    vars(os)["fsync"] = lambda descriptor: (time.sleep(disk), fsync(descriptor))[1]
+
+    def slow(descriptor: int) -> None:
+        time.sleep(disk)
+        fsync(descriptor)
+
+    vars(os)["fsync"] = slow
     if world > 1:
         os.environ.update(environment(rank, world, port))
     sys.stdout = sys.stderr = (folder / f"console_{rank}.txt").open("a", buffering=1, encoding="utf-8")
