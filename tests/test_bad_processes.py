@@ -281,3 +281,18 @@ def test_a_scorer_that_fails_in_validation_is_not_waited_for(
     assert errors == ["error: process 1 of 2 failed: ConnectionError: the reward servers are gone"], (
         job.said()
     )
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_reach_one_another(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each says its own reason, since it may have one; the first begins."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    ended = torchrun(tmp_path, 2, ROOT / "train.py", [*world.arguments, "strategy=fsdp"])
+    said = [line for line in ended.errors if "all processes must reach one another, got: " in line]
+    assert ended.status == 1 and [line.partition("all")[0] for line in said] == [
+        "error: ",
+        "process 1 of 2: error: ",
+    ]
+    assert said[0] == ended.errors[0] and "nosuch0. Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME" in said[0]
