@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -137,7 +137,9 @@ class Validation(Callback):
             mine = mine[ranks.rank :: ranks.world]
         for prompts in batches(mine, self.prompts_per_batch):
             images = draw_images(trainer, module, policy, prompts, self.samples, self.seed)
-            scores = module.scorer(images, prompts)
+            # Where processes draw together, one that fails would be waited for in the next batch.
+            with nullcontext() if module.draws_alone else ranks.together():
+                scores = module.scorer(images, prompts)
             values["validation/reward"] += task_rewards(scores).flatten().tolist()
             strict = [i for i, name in enumerate(scores.names) if name.split("/")[-1] == STRICT][:1]
             for prompt, parts in zip(prompts, scores.parts[..., strict].flatten(1), strict=True):
@@ -372,8 +374,10 @@ class CleanStop(Callback):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.signal_number, self._told = number, time.monotonic()
         assert self._trainer is not None
+        if self._trainer.interrupted and number == signal.SIGTERM:
+            return  # an error is on its way out, and torchrun sends this because another process has left on it
+        self.signal_number, self._told = number, time.monotonic()
         if self._trainer.world_size == 1:
             self._trainer.should_stop = True
         # os.write and not print: a handler may run in the middle of somebody else's print.

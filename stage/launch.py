@@ -93,6 +93,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     except Exception as error:
         text = None if WANTS_TRACEBACK else explain(error)
         if text is None:
+            processes.reason_first(error)
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         shared = bool(getattr(error, "on_all_ranks", False))

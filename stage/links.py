@@ -1,6 +1,7 @@
 """Lines of JSON between the first process and each of the others, beside the collectives of training.
 
-A process that dies closes its end, so that the other side knows at once; nothing here waits for a peer.
+A process that dies closes its end, so that the other side knows at once; nothing here waits for a peer. A machine that
+is gone closes nothing: there the kernels ask one another (`watched`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from stage.processes import started
 
 MEETING = 60.0  # seconds in which all processes come to the first
+GONE = 30  # seconds after which a machine whose kernel answers nothing is gone
 
 
 class Link:
@@ -82,7 +84,7 @@ def meet(rank: int, world: int, exchange: Callable[[str], list[str]]) -> dict[in
                 "all ports of one another"
             ) from error
         connection.sendall(json.dumps({"rank": rank, "token": token}).encode() + b"\n")
-        return {0: Link(connection)}
+        return {0: Link(watched(connection))}
     with listening() as server:
         token = secrets.token_hex(16)
         exchange(json.dumps([server.getsockname()[1], token]))
@@ -102,10 +104,28 @@ def gathered(server: socket.socket, world: int, token: str) -> dict[int, Link]:
             ) from error
         hello = greeting(connection)
         if hmac.compare_digest(str(hello.get("token")), token):
-            found[int(hello["rank"])] = Link(connection)
+            found[int(hello["rank"])] = Link(watched(connection))
         else:
             connection.close()
     return found
+
+
+def watched(connection: socket.socket) -> socket.socket:
+    """A connection that the kernel ends where the other machine is gone; a process that hangs there does not count.
+
+    What is on its way is given `GONE` seconds; where nothing is, the other kernel is asked after a third of that.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    times = {
+        "TCP_KEEPIDLE": max(1, GONE // 3),
+        "TCP_KEEPINTVL": max(1, GONE // 6),
+        "TCP_KEEPCNT": 4,
+        "TCP_USER_TIMEOUT": 1000 * GONE,
+    }
+    for name, value in times.items():
+        if hasattr(socket, name):  # macOS has not all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
 
 
 def listening() -> socket.socket:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 PATIENCE = 10.0  # seconds in which the first process says what ends all, even on a busy machine
+SECOND = 1.0  # seconds by which the others come after the first process
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types the commands
 # Only the first process writes; Hydra in the others makes neither folder nor log.
 SILENT = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -90,3 +91,16 @@ def leave(text: str, *, known_to_all: bool) -> NoReturn:
     if known_to_all:
         sys.exit(1)
     sys.exit(f"process {found.rank} of {found.world}: {text}")
+
+
+def reason_first(error: BaseException) -> None:
+    """Before the traceback of one of several processes: the reason, once, and said by the first."""
+    found = started()
+    if found.world == 1 or getattr(error, "reason_said", False):
+        return
+    error.reason_said = True  # type: ignore[attr-defined]
+    if found.rank:
+        time.sleep(SECOND)
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: {text}", file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 import transformers
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
@@ -48,9 +49,21 @@ OF_THE_FIRST = (
 
 
 class Watched:
-    """What both strategies do when training ends: part from the other processes, or tell them of an error."""
+    """What both strategies do where training begins and ends: meet the others, part from them, tell of an error."""
 
     lightning_module: Any
+
+    def setup_environment(self) -> None:
+        """Raises ConnectionError where the processes do not reach one another."""
+        try:
+            super().setup_environment()  # type: ignore[misc]
+        except RuntimeError as error:  # gloo has no class of its own for it
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
+            raise ConnectionError(
+                f"all processes must reach one another, got: {error}. Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to "
+                "the network between the machines, and MASTER_ADDR to an address of the first one in it"
+            ) from error
 
     def on_exception(self, exception: BaseException) -> None:
         """After the callbacks, which may have saved what was done."""

@@ -75,6 +75,11 @@ def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file() and not path.is_dir():
         raise FileNotFoundError(f"a checkpoint must be an existing file; {path} is not one. Check the path.")
+    inside = [found for found in (path / "last.ckpt", path / "checkpoints" / "last.ckpt") if found.exists()]
+    if inside:
+        raise ValueError(
+            f"a checkpoint must be one of a run; {path} is a folder that holds some. Give {inside[0]}."
+        )
     try:
         return _read(path)
     except ValueError as error:

@@ -26,8 +26,15 @@ LIMIT = 90  # seconds that a run may take
 PERIOD = 2e-4  # seconds between two looks at a folder
 
 
-def _child(rank: int, world: int, port: int, folder: Path, arguments: Sequence[str]) -> None:
+def _child(rank: int, world: int, port: int, folder: Path, arguments: Sequence[str], disk: float) -> None:
     """The program, as its own process would run it, with its output in a file."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(disk)
+        fsync(descriptor)
+
+    vars(os)["fsync"] = slow
     if world > 1:
         os.environ.update(environment(rank, world, port))
     sys.stdout = sys.stderr = (folder / f"console_{rank}.txt").open("a", buffering=1, encoding="utf-8")
@@ -101,20 +108,24 @@ class Job:
         return "\n".join(file.read_text() for file in sorted(self.folder.glob("console_*.txt")))
 
 
-def start(folder: Path, world: int, arguments: Sequence[str]) -> Job:
-    """The run of `folder`: from last.ckpt on if there is one, else from the start, with these arguments."""
+def start(folder: Path, world: int, arguments: Sequence[str], disk: float = 0.0) -> Job:
+    """The run of `folder`: from last.ckpt on if there is one, else from the start, with these arguments.
+
+    Its disk takes `disk` seconds more for every file, so that somebody else sees it being written.
+    """
     last = folder / "run" / "checkpoints" / "last.ckpt"
     if last.exists():
-        return launch(folder, world, [*arguments[:2], f"resume={last}"])
-    return launch(folder, world, [*arguments, f"output={folder / 'run'}"])
+        return launch(folder, world, [*arguments[:2], f"resume={last}"], disk)
+    return launch(folder, world, [*arguments, f"output={folder / 'run'}"], disk)
 
 
-def launch(folder: Path, world: int, arguments: Sequence[str]) -> Job:
+def launch(folder: Path, world: int, arguments: Sequence[str], disk: float = 0.0) -> Job:
     """train.py with these arguments alone."""
     folder.mkdir(parents=True, exist_ok=True)
     context, port, begun = multiprocessing.get_context("fork"), free_port(), time.monotonic()
     found = [
-        context.Process(target=_child, args=(rank, world, port, folder, arguments)) for rank in range(world)
+        context.Process(target=_child, args=(rank, world, port, folder, arguments, disk))
+        for rank in range(world)
     ]
     for process in found:
         process.start()

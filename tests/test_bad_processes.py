@@ -258,3 +258,41 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 ) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 1.0)
     fill(world, tmp_path, "ddp", small_disk)
+
+
+@pytest.mark.slow
+def test_a_scorer_that_fails_in_validation_is_not_waited_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that draw together come to the next batch together, or not at all."""
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)
+    reward = [
+        "reward._target_=tests.test_death.OnSecond",
+        "~reward.noise",
+        "+reward.how=raise",
+        "+reward.at=1",
+    ]
+    layers = ["strategy=fsdp", "trainer.strategy.rollout=layers", "trainer.strategy.timeout_seconds=20"]
+    arguments = [item for item in world.arguments if item != "callbacks.validation=null"]
+    one = "callbacks.validation.prompts_per_batch=1"
+    job = launch(tmp_path, 2, [*arguments, *reward, *layers, one, f"output={tmp_path / 'run'}"])
+    assert job.finish() == [1, 1]
+    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    assert errors == ["error: process 1 of 2 failed: ConnectionError: the reward servers are gone"], (
+        job.said()
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_reach_one_another(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each says its own reason, since it may have one; the first begins."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    ended = torchrun(tmp_path, 2, ROOT / "train.py", [*world.arguments, "strategy=fsdp"])
+    said = [line for line in ended.errors if "all processes must reach one another, got: " in line]
+    assert ended.status == 1 and [line.partition("all")[0] for line in said] == [
+        "error: ",
+        "process 1 of 2: error: ",
+    ]
+    assert said[0] == ended.errors[0] and "nosuch0. Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME" in said[0]

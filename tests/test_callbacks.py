@@ -373,7 +373,8 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(
 
 def test_a_signal_between_two_exchanges_is_told_at_the_next_one() -> None:
     """Else this process would come to an exchange of its own, and wait in it for ever."""
-    stop, trainer = CleanStop(seconds=240), SimpleNamespace(world_size=2, should_stop=False)
+    stop = CleanStop(seconds=240)
+    trainer = SimpleNamespace(world_size=2, should_stop=False, interrupted=False)
     stop._trainer = trainer  # type: ignore[assignment]
 
     def gathered(value: int) -> list[int]:

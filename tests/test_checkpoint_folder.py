@@ -182,6 +182,15 @@ def test_a_damaged_checkpoint_alone_says_that_there_is_no_other(tmp_path: Path) 
         read_training_checkpoint(tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "."])
+def test_a_folder_of_checkpoints_names_the_one_to_give(tmp_path: Path, place: str) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    with pytest.raises(ValueError, match=f"a folder that holds some. Give {last}.$"):
+        read_training_checkpoint(tmp_path / "run" / place)
+
+
 def test_a_score_that_is_the_best_writes_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,10 @@ TIME = 60  # seconds in which all processes must have ended
 
 
 class OnSecond(Redness):
-    """In call `at` of the second process: `raise` an error, `kill` the process, or `none` of it, slowly."""
+    """In call `at` of the second process: `raise` an error, `kill` the process, or `none` of it, slowly.
+
+    `bug` is an error in the first, of a kind that no user can mend.
+    """
 
     def __init__(self, how: str, at: int) -> None:
         super().__init__(0.0)
@@ -38,7 +41,9 @@ class OnSecond(Redness):
         self.calls += 1
         if self.how == "none":
             time.sleep(0.3)
-        elif self.calls == self.at and os.environ.get("RANK") == "1":
+        elif self.how == "bug" and self.calls == self.at and os.environ.get("RANK") == "0":
+            raise KeyError("no such\nword")
+        elif self.how != "bug" and self.calls == self.at and os.environ.get("RANK") == "1":
             if self.how == "kill":
                 time.sleep(0.5)  # in which it says where it is
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -91,6 +96,35 @@ def test_all_processes_end_with_the_reason(tmp_path: Path, strategy: str, how: s
     again = start(tmp_path, f"resume={last}", "reward=second", "reward.how=none", "updates=3")
     output, _ = again.communicate(timeout=TIME)
     assert again.returncode == 0 and "3 updates done" in output, output
+
+
+@pytest.mark.slow
+def test_the_reason_of_a_bug_comes_before_its_traceback(tmp_path: Path) -> None:
+    process = begin(tmp_path, "ddp", "reward.how=bug", "reward.at=1", "updates=2")
+    output, _ = process.communicate(timeout=TIME)
+    assert process.returncode == 1, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: KeyError: 'no such\\nword'", output
+    assert output.index(errors[0]) < output.index("Traceback"), output
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_alone_is_not_taken_for_a_signal(tmp_path: Path) -> None:
+    """The second leaves on it, and torchrun then sends SIGTERM to the first, which is still on its way out."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "images").touch()  # where a folder should be
+    arguments = [
+        "strategy=fsdp",
+        "reward=second",
+        "output=run",
+        "callbacks.validation=null",
+        *SMALL,
+        "updates=2",
+    ]
+    process = start(tmp_path, *arguments)
+    output, _ = process.communicate(timeout=TIME)
+    assert process.returncode == 1 and "error: File exists: " in output, output
+    assert "SIGTERM: stopping" not in output, output
 
 
 def wait_for(port: int) -> None:

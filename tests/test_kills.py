@@ -27,7 +27,8 @@ from tests.killed_training import Job, checkpoints, complete, everything, leftov
 from tests.tiny_training import ROOT, tiny_base, tiny_module, tiny_trainer, tiny_world
 
 KILLS = 20
-TRIES = 20  # to hit a moment before the run is over, or a write before it is done
+TRIES = 20  # to hit a moment before the run is over
+SLOW = 0.05  # seconds that a disk takes for a file while a write is to be hit
 SEED = 1  # of the moments; what a process is doing then differs from machine to machine
 SETTINGS = (
     "seed=4",
@@ -152,7 +153,8 @@ def hit(
     for _ in range(TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         moment = whole.moment(next(shares))
-        left = kill(start(folder, world, arguments), whole, moment, kind.ranks, writing=kind.writing)
+        job = start(folder, world, arguments, disk=SLOW if kind.writing else 0.0)
+        left = kill(job, whole, moment, kind.ranks, writing=kind.writing)
         if left is not None and (left.unfinished or not kind.writing):
             print(f"{folder.name}: {moment[1]:.3f} s after row {moment[0]}, {kind}: {left}")
             return left

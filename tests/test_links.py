@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import select
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -87,3 +93,64 @@ def test_who_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert "must reach the first one within 0 s, got 2 of 3" in str(found[0])
     with pytest.raises(ConnectionError, match=f"got .* at 127.0.0.1, port {port}. Let the machines"):
         meet(2, 3, lambda text: [json.dumps([port, token]), text])
+
+
+CALLS = """
+import socket, sys, time
+calls = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+calls.sendall(b'{"here": true}\\n')
+time.sleep(60)
+"""
+HERE, THERE, PREFIX = "10.213.57.1", "10.213.57.2", "/30"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def machine() -> Iterator[str]:
+    """Another machine, as far as the network goes: a namespace of its own at the other end of a cable."""
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("a machine that vanishes is made with `ip netns`, which needs root")
+    name = f"stage{os.getpid()}"
+    try:
+        ip("netns", "add", name)
+        ip("link", "add", "stage0", "type", "veth", "peer", "name", "stage1", "netns", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    try:
+        ip("addr", "add", HERE + PREFIX, "dev", "stage0")
+        ip("link", "set", "stage0", "up")
+        ip("-n", name, "addr", "add", THERE + PREFIX, "dev", "stage1")
+        ip("-n", name, "link", "set", "stage1", "up")
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "del", "stage0"], check=False)
+        ip("netns", "del", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speaks", [False, True])
+def test_a_machine_that_is_gone_closes_nothing_and_is_known(
+    machine: str, monkeypatch: pytest.MonkeyPatch, speaks: bool
+) -> None:
+    """Whether or not something is on its way to it. Before that, a process there that says nothing is no matter."""
+    monkeypatch.setattr(links, "GONE", 3)
+    with socket.create_server((HERE, 0)) as server:
+        port = str(server.getsockname()[1])
+        words = ["ip", "netns", "exec", machine, sys.executable, "-c", CALLS, HERE, port]
+        with subprocess.Popen(words) as calls:
+            server.settimeout(10)
+            link = Link(links.watched(server.accept()[0]))
+            select.select([link], [], [], 5)
+            assert link.receive() == [{"here": True}]
+            assert not select.select([link], [], [], 5)[0]
+            ip("-n", machine, "addr", "flush", "dev", "stage1")
+            if speaks:
+                link.send({"anybody": "there"})
+            gone = time.monotonic()
+            ready, _, _ = select.select([link], [], [], 20)
+            assert ready and link.receive() is None
+            assert 1 < time.monotonic() - gone < 10
+            calls.kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stage import processes
-from stage.processes import Started, arguments, check_strategy, leave, started
+from stage.processes import Started, arguments, check_strategy, leave, reason_first, started
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NAME": "train"}
@@ -75,3 +75,19 @@ def test_an_error_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _as(monkeypatch, 1, 2)
     assert said("error: b", True) == 1
     assert said("error: c", False) == "process 1 of 2: error: c"
+
+
+def test_the_reason_of_a_traceback_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "SECOND", 0.0)
+    error = KeyError("a\nb")
+    reason_first(error)
+    assert capsys.readouterr().err == ""  # one process has but its traceback
+    _as(monkeypatch, 1, 2)
+    reason_first(KeyError("c"))
+    assert capsys.readouterr().err == ""
+    _as(monkeypatch, 0, 2)
+    reason_first(error)
+    reason_first(error)
+    assert capsys.readouterr().err == "error: KeyError: 'a\\nb'\n"

@@ -32,7 +32,7 @@ def _score(base: Path, reshard: bool) -> dict[str, Any]:
     And how far log-probabilities are from those of the policy before it was sliced, before and after a step.
     """
     dist.init_process_group("gloo")
-    policy = load(base, FROZEN)
+    policy: Any = load(base, FROZEN)
     prompt = policy.tokenize(PROMPTS[:2])
     tokens = torch.arange(2 * policy.num_image_tokens).view(2, 1, -1) % policy.codebook_size
     expected, moved = load(base, FROZEN), load(base, FROZEN)
