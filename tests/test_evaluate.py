@@ -156,7 +156,7 @@ def test_mistakes_are_one_line(world: World, monkeypatch: pytest.MonkeyPatch) ->
     for arguments, text in (
         (["checkpoint=nowhere.ckpt"], "nowhere.ckpt"),
         ([f"checkpoint={damaged}"], "damaged.ckpt is damaged"),
-        (["splits=[test]"], "no split 'test'; benchmark 'small' has validation, heldout"),
+        (["splits=[test]"], "no split 'test'; benchmark 'shapes' has validation, heldout"),
         (["splits=[]"], "at least one of validation, heldout"),
         (["benchmark.images_per_prompt=0"], "at least one image per prompt"),
         (["batch_size=0"], "batch_size must be"),
