@@ -106,7 +106,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(error.__cause__, TypeError):  # an argument that the class does not have
             name, reason = str(error).rpartition("full_key: ")[2].strip(), _one_line(error.__cause__)
             wrong = reason.partition("unexpected keyword argument '")[2].rstrip("'")
-            return f"{name}: {reason}" + (f"; leave it out with '~{name}.{wrong}'" if False else "")
+            return f"{name}: {reason}" + (f"; leave it out with '~{name}.{wrong}'" if wrong else "")
         return explain(error.__cause__)
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__

@@ -81,8 +81,8 @@ class StageModule(LightningModule):
         reference_on_cpu: keep the layers of the reference in CPU memory and copy each to the device when it runs.
         config, overrides: the composed configuration and the command line behind it, kept in checkpoints.
 
-    Raises ValueError for a group of one, an update count below 1, a policy without trainable parameters, or one that
-    cannot write the plans that the sampler asks for.
+    Raises ValueError for a group of one, a sampler that draws it all alike, an update count below 1, a policy without
+    trainable parameters, or one that cannot write the plans that the sampler asks for.
     """
 
     def __init__(
@@ -120,6 +120,11 @@ class StageModule(LightningModule):
         check_resampling(objective, sampler)
         check_comparison(objective, sampler)
         drawing.check(policy, sampler)
+        if sampler.temperature == 0 and not drawing.reasons(sampler):
+            raise ValueError(
+                "the samples of a prompt must differ for an advantage; got sampler.temperature=0, which gives all of "
+                "them the most likely tokens. Set it above 0."
+            )
         self.automatic_optimization = False
         self.strict_loading = (
             False  # a checkpoint lacks the frozen weights; on_load_checkpoint checks the names

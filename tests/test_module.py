@@ -23,6 +23,7 @@ from stage.module import StageModule
 from stage.optimizer import MasterAdamW
 from stage.policy.janus import load_policy
 from stage.policy.lora import add_lora
+from stage.policy.sampler import Sampler
 from stage.policy.template import Template
 from stage.training_checkpoint import read_training_checkpoint
 from tests.tiny_training import (
@@ -452,6 +453,7 @@ def test_processes_exchange_gradients_with_the_last_micro_batch_alone(
     [
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"updates": 0}, "updates must be at least 1"),
+        ({"sampler": Sampler(1.0, 0.0)}, "must differ for an advantage; got sampler.temperature=0"),
     ],
 )
 def test_arguments_without_sense_are_named(base: Path, changes: dict[str, Any], message: str) -> None:
