@@ -29,6 +29,7 @@ def train(prepared: launch.Prepared) -> None:
     from stage.forecast import announce
     from stage.loggers import finish_wandb, log_code, log_reward
     from stage.module import StageModule
+    from stage.optimizer import check_settings
     from stage.prompt_files import check_prompts
     from stage.score_checks import check_itself
 
@@ -38,6 +39,7 @@ def train(prepared: launch.Prepared) -> None:
     lightning.seed_everything(config.seed, verbose=False)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     parts = {name: instantiate(config[name]) for name in CHEAP}
+    check_settings(parts["optimizer"], parts["scheduler"])
     check_prompts(parts["reward"], parts["data"].by_name())
     check_itself(parts["reward"], config.self_check)
     parts |= {name: instantiate(config[name]) for name in COSTLY}

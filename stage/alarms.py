@@ -136,6 +136,8 @@ class UnusableRewards(Callback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if getattr(exception, "kind", "") == UnusableScores.__name__:  # of another process, which saves them
+            exception.add_note(f"the images that this is about are in {self.folder}")
         if not isinstance(exception, UnusableScores):
             return
         name = f"update_{pl_module.update + 1:05d}"
@@ -149,4 +151,4 @@ class UnusableRewards(Callback):
                 Image.fromarray(image.numpy()).save(temporary, format="PNG")
             lines.append(f"{file.name}: {exception.notes[index]}")
         (self.folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"the images that this is about are in {self.folder}", file=sys.stderr, flush=True)
+        exception.add_note(f"the images that this is about are in {self.folder}")

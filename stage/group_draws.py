@@ -161,8 +161,13 @@ def draw_and_score(
     return prompt_tokens, Drawn(tuple(prompts), found, images, codes, scores), seen
 
 
-def check_resampling(objective: Any, sampler: Any) -> None:
-    """Raise ValueError where groups with plans would have to be replaced."""
+def check_draws(objective: Any, sampler: Any) -> None:
+    """Raise ValueError where samples of a group would be alike, or groups with plans have to be replaced."""
+    if sampler.temperature == 0 and not drawing.reasons(sampler):
+        raise ValueError(
+            "the samples of a prompt must differ for an advantage; got sampler.temperature=0, which gives all of "
+            "them the most likely tokens. Set it above 0."
+        )
     if objective.resampling_rounds and drawing.reasons(sampler):
         raise ValueError(
             f"groups of equal rewards are not replaced with reasoning, got algorithm.resampling_rounds="

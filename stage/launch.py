@@ -21,11 +21,9 @@ from typing import Any, NamedTuple
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from stage import paths, processes, resolvers
+from stage import mistakes, paths, processes, resolvers
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 ONE_LINE = "STAGE_ONE_LINE"  # set beside it where it is ours and not the user's wish, for processes started meanwhile
@@ -91,43 +89,13 @@ def mistakes_in_one_line() -> Iterator[None]:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(exit_status(signal.SIGINT))
     except Exception as error:
-        text = None if WANTS_TRACEBACK else explain(error)
+        text = None if WANTS_TRACEBACK else mistakes.explain(error)
         if text is None:
             processes.reason_first(error)
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         shared = bool(getattr(error, "on_all_ranks", False))
         processes.leave(f"error: {text}{notes}\n({FULL_ERROR}=1 shows where)", known_to_all=shared)
-
-
-def explain(error: BaseException) -> str | None:
-    """The mistake in the words of the user's input, or None for an error that is not the user's."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        if isinstance(error.__cause__, TypeError):  # an argument that the class does not have
-            name, reason = str(error).rpartition("full_key: ")[2].strip(), _one_line(error.__cause__)
-            wrong = reason.partition("unexpected keyword argument '")[2].rstrip("'")
-            return f"{name}: {reason}" + (f"; leave it out with '~{name}.{wrong}'" if wrong else "")
-        return explain(error.__cause__)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        cause = error.__cause__
-        reason = f" ({_one_line(cause)})" if isinstance(cause, OmegaConfBaseException) else ""
-        return _one_line(error) + reason
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    if isinstance(error, ValueError | OSError | ImportError) or _is_misconfiguration(error):
-        return " ".join(str(error).split())
-    return None
-
-
-def _one_line(error: BaseException) -> str:
-    """The first lines of a message, without Hydra's search path and OmegaConf's key details."""
-    text = str(error).partition("Config search path")[0].partition("full_key:")[0]
-    return " ".join(text.split())
-
-
-def _is_misconfiguration(error: BaseException) -> bool:
-    """Lightning's class for wrong arguments of its own, asked for without importing Lightning."""
-    return type(error).__name__ == "MisconfigurationException"
 
 
 class Prepared(NamedTuple):

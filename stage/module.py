@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from stage.data import PromptStream, UpdateNumbers
 from stage.gradients import check_finite, clip, gradient_norm
-from stage.group_draws import Stopwatch, check_resampling
+from stage.group_draws import Stopwatch, check_draws
 from stage.joint_credit import joint_credit, num_parts
 from stage.lender import Lender
 from stage.loggers import UpdateLog
 from stage.objective.metrics import is_maximum
 from stage.objective.objective import merge_metrics
-from stage.optimizer import explained_settings, state_bytes
+from stage.optimizer import made, state_bytes
 from stage.policy import drawing
 from stage.policy.reference import frozen_reference, place_reference
 from stage.provenance import changed_files, scorer_record
@@ -117,14 +117,9 @@ class StageModule(LightningModule):
                 "the policy must have trainable parameters; all are frozen. Shorten model.freeze."
             )
         scored_distribution(objective, sampler)
-        check_resampling(objective, sampler)
+        check_draws(objective, sampler)
         check_comparison(objective, sampler)
         drawing.check(policy, sampler)
-        if sampler.temperature == 0 and not drawing.reasons(sampler):
-            raise ValueError(
-                "the samples of a prompt must differ for an advantage; got sampler.temperature=0, which gives all of "
-                "them the most likely tokens. Set it above 0."
-            )
         self.automatic_optimization = False
         self.strict_loading = (
             False  # a checkpoint lacks the frozen weights; on_load_checkpoint checks the names
@@ -167,13 +162,12 @@ class StageModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        with explained_settings():
-            return [optimizer], [self._scheduler(optimizer)]
+        return [optimizer], [made("scheduler", self._scheduler, optimizer)]
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of the configuration for these parameters; raises ValueError for settings of a wrong kind."""
-        with explained_settings():
-            return self._optimizer(parameters)
+        found: torch.optim.Optimizer = made("optimizer", self._optimizer, parameters)
+        return found
 
     def optimizer_bytes(self) -> int:
         """What the optimizer will keep of all trained parameters, bytes."""

@@ -31,7 +31,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from stage import launch, processes
+from stage import launch, mistakes, processes
 from stage.code_version import CODE, code_record
 from stage.paths import quoted
 
@@ -111,7 +111,7 @@ def job(config: DictConfig, script: Path) -> float:
                 if code != 0:
                     state, reason = DIED, f"exit status {code}: {last_words(log, before)}"
     except (ValueError, OSError) as error:
-        state, reason = DIED, launch.explain(error) or str(error)
+        state, reason = DIED, mistakes.explain(error) or str(error)
     score = math.nan if state == DIED else last_score(task)
     record = {
         "job": task.name,

@@ -7,8 +7,7 @@ masters, kept in the state of the optimizer, and the weights of the model are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -134,10 +133,18 @@ def keeps_masters(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -
     return bool((probe != 1).any())
 
 
-@contextmanager
-def explained_settings() -> Iterator[None]:
-    """Turn what torch makes of a word where it wants a number into a ValueError."""
+def made(name: str, factory: Callable[[Any], Any], target: Any) -> Any:
+    """`factory(target)`, where a word in place of a number is a ValueError that names the settings of `name`."""
     try:
-        yield
+        return factory(target)
     except TypeError as error:
-        raise ValueError(f"optimizer and scheduler must take their settings, and do not: {error}") from error
+        settings = getattr(factory, "keywords", {})
+        words = [f"{name}.{key}={value!r}" for key, value in settings.items() if isinstance(value, str)]
+        raise ValueError(
+            f"{name} must take its settings, and does not: {error}; words among them: {', '.join(words) or 'none'}"
+        ) from error
+
+
+def check_settings(optimizer: Callable[[Any], Any], scheduler: Callable[[Any], Any]) -> None:
+    """Raise ValueError where these cannot be made; tried on one small weight, before a model is read."""
+    made("scheduler", scheduler, made("optimizer", optimizer, [nn.Parameter(torch.ones(PROBE, PROBE))]))

@@ -70,7 +70,11 @@ def divide(rank: int, world: int, prompts: int, group_size: int) -> Division:
 
 
 class PeerError(ValueError):
-    """What another process has failed with; its text says which one and why."""
+    """What another process has failed with, by the name of its class; its text says which one and why."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class LostPeer(OSError):
@@ -182,7 +186,9 @@ class Ranks:
         if not failed:
             return None
         if error is None:
-            error = PeerError(f"process {failed[0]} of {self.world} failed: {said[failed[0]]}")
+            reason = said[failed[0]]
+            kind = reason.partition(":")[0]
+            error = PeerError(f"process {failed[0]} of {self.world} failed: {reason}", kind)
         return of_all(error)
 
     def mean(self, metrics: Mapping[str, float], is_maximum: Callable[[str], bool]) -> Metrics:

@@ -40,12 +40,6 @@ from stage.training_checkpoint import trained_names
 ROLLOUTS = ("copy", "layers")
 CHECKPOINTS = ("sharded", "whole")
 IDLE = ("model.model.vision_model.", "model.model.aligner.", "model.model.vqmodel.")
-OF_THE_FIRST = (
-    "output",
-    "trainer",
-    "logger",
-    "callbacks",
-)  # settings with folders, which the first process has alone
 
 
 class Watched:
@@ -299,10 +293,19 @@ def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str,
     span = divide(rank, world, prompts, group_size).span
     seconds = getattr(strategy, "timeout_seconds", 1800)
     ranks = connect(rank, world, span, longer(seconds))
-    ranks.agree(versions() | {"configuration": {k: v for k, v in config.items() if k not in OF_THE_FIRST}})
+    ranks.agree(versions() | {"configuration": without_output(config, str(config.get("output")))})
     if isinstance(strategy, Watched):  # which ends it, too
         ranks = replace(ranks, heart=begin(rank, world, seconds, ranks.exchange))
     return ranks
+
+
+def without_output(value: Any, output: str) -> Any:
+    """A configuration without its output folder, which the first process has alone, also where it begins a path."""
+    if isinstance(value, Mapping):
+        return {name: without_output(item, output) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_output(item, output) for item in value]
+    return value.removeprefix(output) if isinstance(value, str) else value
 
 
 def versions() -> dict[str, str]:

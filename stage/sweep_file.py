@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from stage import launch
+from stage import launch, mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 # The keys of W&B's sweep configuration: docs.wandb.ai/models/sweeps/define-sweep-configuration.
@@ -100,7 +100,7 @@ def problem(words: tuple[str, ...]) -> str | None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             launch.check(compose("train", overrides))
     except Exception as error:
-        text = launch.explain(error)
+        text = mistakes.explain(error)
         if text is None:
             raise
         return text

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stage.alarms import ConstantReward, RewardHacking, UnusableRewards, trend
+from stage.ranks import PeerError
 from stage.types import Prompt, Scores
 from tests.tiny_training import Redness, tiny_base, tiny_module, tiny_trainer
 
@@ -113,13 +114,11 @@ class BreaksLater:
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1.5])
-def test_training_stops_on_a_broken_reward_and_keeps_its_images(
-    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_stops_on_a_broken_reward_and_keeps_its_images(value: float, tmp_path: Path) -> None:
     scorer = BreaksLater(value)
     module = tiny_module(tiny_base(tmp_path / "janus"), scorer=scorer)
     keep = UnusableRewards(folder=str(tmp_path / "kept"), most=8)
-    with pytest.raises(ValueError, match=f"sample 1 of .* got {value} in part 'red'"):
+    with pytest.raises(ValueError, match=f"sample 1 of .* got {value} in part 'red'") as caught:
         tiny_trainer(tmp_path, [keep]).fit(module)
     assert module.update == 1  # the first update stands, the second has changed nothing
     assert sorted(file.name for file in (tmp_path / "kept").iterdir()) == [
@@ -131,7 +130,14 @@ def test_training_stops_on_a_broken_reward_and_keeps_its_images(
         assert np.array_equal(saved, scorer.images[place].numpy())
     notes = (tmp_path / "kept" / "update_00002.txt").read_text(encoding="utf-8").splitlines()
     assert len(notes) == 2 and notes[1].startswith("update_00002_01.png: sample 3 of ")
-    assert f"in {tmp_path / 'kept'}" in capsys.readouterr().err
+    assert caught.value.__notes__ == [f"the images that this is about are in {tmp_path / 'kept'}"]
+
+
+def test_the_first_process_says_where_another_keeps_its_images(tmp_path: Path) -> None:
+    error = PeerError("process 1 of 2 failed: UnusableScores: reward parts must be finite", "UnusableScores")
+    UnusableRewards(folder=str(tmp_path / "kept"), most=8).on_exception(TRAINER, None, error)
+    assert error.__notes__ == [f"the images that this is about are in {tmp_path / 'kept'}"]
+    assert not (tmp_path / "kept").exists()
 
 
 def test_other_errors_leave_nothing(tmp_path: Path) -> None:

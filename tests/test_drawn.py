@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stage.data import PromptStream
-from stage.group_draws import Stopwatch, check_resampling
+from stage.group_draws import Stopwatch, check_draws
 from stage.policy.janus import JanusPolicy
 from stage.policy.sampler import Sampler
 from stage.rollout import Collected, collect
@@ -93,9 +93,9 @@ def test_rounds_are_limited(policy: JanusPolicy) -> None:
 
 def test_plans_are_not_replaced() -> None:
     sampler = Sampler(1.0, 1.0, "text", 1.0, 4, 1.0)
-    check_resampling(objective(), sampler)
+    check_draws(objective(), sampler)
     with pytest.raises(ValueError, match="are not replaced with reasoning"):
-        check_resampling(objective(resampling_rounds=2), sampler)
+        check_draws(objective(resampling_rounds=2), sampler)
 
 
 def test_spare_prompts_are_a_function_of_the_update_and_their_number() -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import evaluate
-from stage import launch
+from stage import mistakes
 from tests.evaluation_world import CONF, World, make_world, run_command
 from tests.test_conf import composed
 
@@ -166,7 +166,7 @@ def test_a_benchmark_without_its_list_says_how_to_get_it(name: str) -> None:
     config = composed("evaluate", f"benchmark={name}", "datasets=none")
     with pytest.raises(Exception) as error:
         instantiate(config.benchmark.splits)
-    assert "python -m stage.benchmarks.fetch" in str(launch.explain(error.value))
+    assert "python -m stage.benchmarks.fetch" in str(mistakes.explain(error.value))
 
 
 def test_benchmarks_of_the_project_that_choose_a_scorer_each(

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError
+from omegaconf import DictConfig
 
 from stage import launch
 
@@ -96,36 +93,6 @@ def fails() -> None:
 
 def breaks() -> None:
     raise RuntimeError("a bug")
-
-
-def test_an_error_of_the_user_is_explained_in_its_own_words() -> None:
-    assert launch.explain(ValueError("too few")) == "too few"
-    assert launch.explain(FileNotFoundError(2, "No such file or directory", "a.jsonl")) == (
-        "No such file or directory: a.jsonl"
-    )
-    assert launch.explain(RuntimeError("a bug")) is None
-    assert launch.explain(KeyError("a bug")) is None
-
-
-def test_an_error_of_hydra_is_one_line() -> None:
-    error = HydraException("Could not override 'x'.\nTo append use +x=1\nConfig search path:\n\tfile:///a")
-    error.__cause__ = ConfigAttributeError("Key 'x' is not in struct\n    full_key: x\n    object_type=dict")
-    assert launch.explain(error) == "Could not override 'x'. To append use +x=1 (Key 'x' is not in struct)"
-
-
-def test_an_error_in_a_class_speaks_without_hydra() -> None:
-    """ValueError in its own words, a wrong argument with the place in the configuration, a bug as a bug."""
-    node = {"x": {"_target_": f"{__name__}.fails"}, "y": {"_target_": f"{__name__}.fails", "rate": 1}}
-    node["z"] = {"_target_": f"{__name__}.breaks"}
-    config = OmegaConf.create(node)
-    found = {}
-    for name in config:
-        with pytest.raises(InstantiationException) as caught:
-            instantiate(config[name])
-        found[name] = launch.explain(caught.value)
-    assert found["x"] == "lr must be positive; got -1"
-    assert found["y"] is not None and "rate" in found["y"] and found["y"].startswith("y: ")
-    assert found["z"] is None
 
 
 def test_a_mistake_ends_the_program_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

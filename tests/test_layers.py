@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "stage.types",
         "stage.paths",
+        "stage.mistakes",
         "stage.worlds",
         "stage.request",
         "stage.checkpoint_folder",

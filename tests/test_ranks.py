@@ -90,6 +90,7 @@ def _fail() -> list[str]:
         except Exception as error:
             assert getattr(error, "on_all_ranks", False)
             said.append(f"{type(error).__name__}: {error}")
+            assert getattr(error, "kind", "ZeroDivisionError") == "ZeroDivisionError"
     try:
         ranks.agree({"torch": "2.15", "python": f"3.{ranks.rank}"})
     except ValueError as error:

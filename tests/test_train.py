@@ -220,7 +220,18 @@ MISTAKES = {
     "grammar": (["seed=[1"], "no viable alternative at input '[1'"),
     "a group of one": (["group_size=1"], "group_size must be a whole number of at least 2; got 1"),
     "no updates": (["updates=0"], "updates must be a whole number of at least 1; got 0"),
-    "a word for a number": (["optimizer.lr=fast"], "optimizer and scheduler must take their settings"),
+    "a word for a number": (
+        ["optimizer.lr=fast", "model.path=nowhere"],
+        "'float' and 'str'; words among them: optimizer.lr='fast'",
+    ),
+    "a word for a number of a part": (
+        ["sampler.temperature=warm"],
+        "'str' and 'int'; given were sampler.temperature=warm",
+    ),
+    "a word for a number of the schedule": (
+        ["scheduler.factor=half"],
+        "words among them: scheduler.factor='half'",
+    ),
     "a negative rate": (["optimizer.lr=-1"], "Invalid learning rate: -1"),
     "a bad switch": (["algorithm.tied_groups=maybe"], "tied_groups must be one of"),
     "a bad distribution": (["algorithm.distribution=both"], "distribution"),
