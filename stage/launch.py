@@ -290,10 +290,15 @@ def first_line(prepared: Prepared, module: Any, device: Any) -> str:
     total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
     done = f"from a checkpoint of {config.resume} on, " if config.resume else ""
     return (
-        f"{config.updates} updates of {images} images, {done}algorithm {prepared.choices['algorithm']}, "
+        f"{updates(config.updates)} of {images} images, {done}algorithm {prepared.choices['algorithm']}, "
         f"model {prepared.choices['model']} ({trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained), "
         f"reward {prepared.choices['reward']}, on {places(device)}; writes to {short(config.output)}"
     )
+
+
+def updates(number: int) -> str:
+    """A number of updates in words."""
+    return f"{number} update" if number == 1 else f"{number} updates"
 
 
 def places(device: Any) -> str:
@@ -321,7 +326,7 @@ def fit(trainer: Any, module: Any, resume: str | None) -> None:
         say(trainer, f"stopped after update {module.update}; {resume_line(trainer, module)}")
         sys.exit(exit_status(number))
     minutes, seconds = divmod(round(time.monotonic() - begun), 60)
-    say(trainer, f"{module.update} updates done, {minutes}:{seconds:02d} min; {kept(trainer)}")
+    say(trainer, f"{updates(module.update)} done, {minutes}:{seconds:02d} min; {kept(trainer)}")
 
 
 def say(trainer: Any, text: str) -> None:

@@ -62,7 +62,7 @@ def locate(path: str, revision: str | None, home: Home) -> Path:
     raise FileNotFoundError(
         f"weights must be there before the first rollout, looked for {str(path)!r}"
         f"{f' at revision {revision!r}' if revision else ''}: {reason}. Run `{home.download()}` where there is a "
-        f"network, and give {'the file' if home.file else 'that directory'} as path"
+        f"network, and give {'the file' if home.file else 'that directory'} in place of {str(path)!r}"
     )
 
 

@@ -123,7 +123,7 @@ def test_a_run_leaves_what_it_promises(program: Program, tmp_path: Path) -> None
 def test_nothing_but_the_program_speaks(program: Program, recwarn: pytest.WarningsRecorder) -> None:
     """No advertisement, no progress bar of a library, no warning: four lines."""
     output = program("updates=1")
-    kinds = ["1 updates of", "memory on", "update 1/1", "1 updates done"]
+    kinds = ["1 update of", "memory on", "update 1/1", "1 update done"]
     assert [line for line in output.splitlines() if not any(line.startswith(kind) for kind in kinds)] == []
     ours = [str(item.message) for item in recwarn.list if "LeafSpec" not in str(item.message)]
     assert [text for text in ours if "eval mode" not in text] == []
@@ -370,7 +370,7 @@ def test_a_reward_that_dies_leaves_a_run_to_resume(program: Program, tmp_path: P
 
 def test_a_check_that_is_not_wanted_asks_nothing(program: Program) -> None:
     output = program("updates=1", "reward._target_=tests.tiny_training.Ignorant", "self_check=false")
-    assert output.splitlines()[-1].startswith("1 updates done")
+    assert output.splitlines()[-1].startswith("1 update done")
 
 
 @pytest.mark.slow

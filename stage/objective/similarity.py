@@ -1,8 +1,8 @@
 """STAGE's token weights: how alike is what a sample drew here to what samples of the opposite advantage drew.
 
 A position where a good and a bad image carry the same visual token cannot be what made one of them good: its
-advantage is weighted down and its KL weighted up. Source: STAGE, arXiv 2509.25027, similarity-aware
-reweighting.
+advantage is weighted down, and its KL keeps its weight, which is lowered where the codes point apart. Source: STAGE,
+arXiv 2509.25027, similarity-aware reweighting.
 
 A slot for `Objective.token_weights` is called with keywords `advantages`, `kept` and `codes`, returns
 `TokenWeights`.

@@ -87,7 +87,17 @@ def _scores(axes: Axes, table: ScoreTable, variants: Sequence[Variant], labelled
         axes.plot(found.mean, y, "o", color=color, markersize=6)
     based = [row.cell.mean - row.to_base.mean for row in table.rows if row.to_base is not None]
     if based:
-        axes.axvline(float(np.mean(based)), color="#888888", linewidth=1, linestyle="--", zorder=0)
+        x = float(np.mean(based))
+        axes.axvline(x, color="#888888", linewidth=1, linestyle="--", zorder=0)
+        axes.annotate(
+            "base",
+            (x, 0.01),
+            xytext=(3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=8,
+            color="#666666",
+        )
     axes.set_yticks([-place for place in range(len(variants))])
     axes.set_yticklabels([variant.label for variant in variants] if labelled else [""] * len(variants))
     axes.set_ylim(-len(variants) + 0.4, 0.6)
