@@ -30,6 +30,7 @@ def train(prepared: launch.Prepared) -> None:
     from stage.loggers import finish_wandb, log_code, log_reward
     from stage.module import StageModule
     from stage.optimizer import check_settings
+    from stage.paths import configured_folder
     from stage.prompt_files import check_prompts
     from stage.score_checks import check_itself
 
@@ -37,6 +38,7 @@ def train(prepared: launch.Prepared) -> None:
     accelerator = launch.accelerator(config.trainer.accelerator)
     launch.quiet_libraries()
     lightning.seed_everything(config.seed, verbose=False)
+    configured_folder(config.model)  # a reward may read weights for minutes before the model's are missed
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     parts = {name: instantiate(config[name]) for name in CHEAP}
     check_settings(parts["optimizer"], parts["scheduler"])

@@ -221,7 +221,7 @@ MISTAKES = {
     "a group of one": (["group_size=1"], "group_size must be a whole number of at least 2; got 1"),
     "no updates": (["updates=0"], "updates must be a whole number of at least 1; got 0"),
     "a word for a number": (
-        ["optimizer.lr=fast", "model.path=nowhere"],
+        ["optimizer.lr=fast", "model.freeze=[nothing]"],
         "'float' and 'str'; words among them: optimizer.lr='fast'",
     ),
     "a word for a number of a part": (
@@ -236,7 +236,10 @@ MISTAKES = {
     "a bad switch": (["algorithm.tied_groups=maybe"], "tied_groups must be one of"),
     "a bad distribution": (["algorithm.distribution=both"], "distribution"),
     "a bad interval": (["callbacks.images.every=0"], "every must be at least 1"),
-    "a missing model": (["model.path=nowhere"], "nowhere"),
+    "a missing model, before a reward is read": (
+        ["model.path=nowhere", "reward._target_=my_package.Reward"],
+        "a model must be a local folder or a hub repository owner/name; nowhere does not exist",
+    ),
     "a missing prompt file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "a missing checkpoint": (["resume=nowhere.ckpt"], "nowhere.ckpt is not one"),
     "no accelerator": (["trainer.accelerator=quantum"], "accelerator"),
