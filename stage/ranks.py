@@ -242,7 +242,8 @@ class Ranks:
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise ValueError on all processes unless these are the same on each, naming the first that is not."""
         rows = self.gathered(dict(facts))
-        for name, value in rows[0].items():
+        for name in dict.fromkeys(name for row in rows for name in row):
+            value = rows[0].get(name)
             for rank, row in enumerate(rows):
                 if row.get(name) != value:
                     raise of_all(

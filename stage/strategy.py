@@ -10,7 +10,7 @@ Either goes on under any strategy, with any number of processes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +39,8 @@ from stage.training_checkpoint import trained_names
 
 ROLLOUTS = ("copy", "layers")
 CHECKPOINTS = ("sharded", "whole")
+OF_THE_FIRST = ("output", "logger.")  # settings of the process that writes
+WITH_FOLDERS = ("trainer.", "callbacks.")  # some of which lie in its output
 IDLE = ("model.model.vision_model.", "model.model.aligner.", "model.model.vqmodel.")
 
 
@@ -293,19 +295,20 @@ def connected(strategy: Any, prompts: int, group_size: int, config: Mapping[str,
     span = divide(rank, world, prompts, group_size).span
     seconds = getattr(strategy, "timeout_seconds", 1800)
     ranks = connect(rank, world, span, longer(seconds))
-    ranks.agree(versions() | {"configuration": without_output(config, str(config.get("output")))})
+    ranks.agree(versions() | dict(settings(config)))
     if isinstance(strategy, Watched):  # which ends it, too
         ranks = replace(ranks, heart=begin(rank, world, seconds, ranks.exchange))
     return ranks
 
 
-def without_output(value: Any, output: str) -> Any:
-    """A configuration without its output folder, which the first process has alone, also where it begins a path."""
-    if isinstance(value, Mapping):
-        return {name: without_output(item, output) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_output(item, output) for item in value]
-    return value.removeprefix(output) if isinstance(value, str) else value
+def settings(config: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of what must be alike in all processes: not what the first one alone logs, and where to."""
+    for part, value in config.items():
+        full = f"{name}.{part}" if name else str(part)
+        if isinstance(value, Mapping) and value:
+            yield from settings(value, full)
+        elif not full.startswith(OF_THE_FIRST) and not (full.startswith(WITH_FOLDERS) and "/" in str(value)):
+            yield full, value
 
 
 def versions() -> dict[str, str]:

@@ -95,6 +95,10 @@ def _fail() -> list[str]:
         ranks.agree({"torch": "2.15", "python": f"3.{ranks.rank}"})
     except ValueError as error:
         said.append(str(error))
+    try:
+        ranks.agree({"torch": "2.15"} | ({"seed": 3} if ranks.rank else {}))
+    except ValueError as error:
+        said.append(str(error))
     return said
 
 
@@ -107,6 +111,7 @@ def test_an_error_of_one_process_is_an_error_of_all(tmp_path: Path) -> None:
     assert second[0].startswith("PeerError: process 0 of 2 failed: ZeroDivisionError: ")
     assert first[2].startswith("IndexError") and second[2].startswith("IndexError")
     assert unlike in first[3] and unlike in second[3]
+    assert "seed is None in process 0 and 3 in process 1" in first[4]
     assert issubclass(PeerError, ValueError)
 
 

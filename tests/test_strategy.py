@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stage.strategy import settings
 from tests.equality import Case, fit_cases, largest_gap
 from tests.processes import run
 from tests.tiny_training import tiny_base
@@ -128,3 +129,32 @@ def equal_shares(one: list[Any], ranks: list[list[Any]]) -> list[float]:
         ]
         shares.append(float(sum(equal)) / max(len(expected), len(found)))
     return shares
+
+
+def test_what_processes_compare_of_their_settings() -> None:
+    """The first process alone knows the folder that it writes to, and what starts with it."""
+    config = {
+        "output": "/home/me/outputs/run",
+        "seed": 0,
+        "model": {"path": "/home/me/janus", "freeze": ["lm_head"], "template": {}},
+        "logger": {"mode": "offline"},
+        "trainer": {
+            "default_root_dir": "/home/me/outputs/run",
+            "devices": 2,
+            "strategy": {"rollout": "copy"},
+        },
+        "callbacks": {
+            "images": None,
+            "checkpoints": {"folder": "/home/me/outputs/run/checkpoints", "every": 5},
+        },
+    }
+    assert dict(settings(config)) == {
+        "seed": 0,
+        "model.path": "/home/me/janus",
+        "model.freeze": ["lm_head"],
+        "model.template": {},
+        "trainer.devices": 2,
+        "trainer.strategy.rollout": "copy",
+        "callbacks.images": None,
+        "callbacks.checkpoints.every": 5,
+    }
