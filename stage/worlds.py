@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 def with_world(arguments: Sequence[str], file: Path) -> list[str]:
     """The command line, with the options that `file` has for its reward and that it does not choose itself.
 
-    They stand beside the reward: behind a flag such as `--cfg job` argparse would not know them. Only a plain `reward=NAME` counts, not a sweep over rewards. A resumed run and an experiment bring their own.
+    They stand beside the reward: behind a flag such as `--cfg job` argparse would not know them. Only a plain
+    `reward=NAME` counts, not a sweep over rewards. A resumed run and an experiment bring their own.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
     worlds: Any = OmegaConf.to_container(OmegaConf.load(file))
