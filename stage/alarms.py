@@ -27,7 +27,8 @@ def say(trainer: Trainer, text: str) -> None:
 class ConstantReward(Callback):
     """Says when the reward has been the same for all samples of each prompt for many updates in a row.
 
-    Nothing is learned from such groups: their advantages are 0. It is said again after as many updates more.
+    Nothing of the reward is learned from such groups: what is left are KL and entropy reward, where they are on. It is
+    said again after as many updates more.
 
     Args:
         patience: updates in a row without a difference.

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stage.checkpoint_folder import CheckpointFolder
+from stage.loggers import best_by
 from stage.ranks import known
 from stage.training_checkpoint import read_training_checkpoint, trained_names
 from stage.whole_files import save
@@ -78,7 +79,7 @@ class Checkpoints(Checkpoint):
         keep: how many of the last checkpoints stay; more than one are also there as `update_N.ckpt`.
         beside_training: copy what is saved to CPU memory, and let a thread write it while training goes on. The next
             save, and the end of training, wait for it and raise its error.
-        monitor: metric of best.ckpt, higher is better.
+        monitor: metric of best.ckpt, higher is better; see `stage.loggers.best_by`.
 
     Raises ValueError for numbers below 1.
     """
@@ -133,7 +134,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        score = pl_module.latest.get(self.monitor)
+        score = best_by(pl_module.latest, self.monitor)
         improved = score is not None and (self.best_score is None or score > self.best_score)
         if improved:
             self.best_score = score

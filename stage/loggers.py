@@ -24,6 +24,7 @@ from stage.code_version import CODE, continued
 from stage.whole_files import atomic_write
 
 X = "update"
+STRICT, REWARD = "validation/strict", "validation/reward"
 
 
 class MetricsFile(Logger):
@@ -124,6 +125,14 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         lines = [line for line in file if line.endswith("\n")]
     rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(lines)]
     return [row for row in rows if X in row]
+
+
+def best_by(row: Mapping[str, Any], monitor: str) -> Any | None:
+    """What best.ckpt is chosen by, in a row of metrics: `monitor`, None where the row has no such value.
+
+    A reward without a part `strict`, of preference for one, has no validation/strict: there it is validation/reward.
+    """
+    return row.get(monitor, row.get(REWARD) if monitor == STRICT else None)
 
 
 def csv_only(folder: str) -> list[Logger]:

@@ -256,9 +256,10 @@ def last_score(task: Task) -> float:
     metrics = task.folder / "metrics.csv"
     if not checkpoints or not metrics.is_file():
         return math.nan
-    from stage.loggers import read_metrics  # torch takes seconds
+    from stage.loggers import best_by, read_metrics  # torch takes seconds
 
-    found = [float(row[name]) for row in read_metrics(metrics) if (name := checkpoints["monitor"]) in row]
+    scores = [best_by(row, checkpoints["monitor"]) for row in read_metrics(metrics)]
+    found = [float(score) for score in scores if score is not None]
     return found[-1] if found else math.nan
 
 

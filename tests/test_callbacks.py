@@ -22,7 +22,7 @@ from PIL import Image
 from stage.callbacks import CleanStop, EntropyWatch, ImageGrid, Progress, Validation, grid
 from stage.checkpoints import Checkpoints
 from stage.group_draws import draw
-from stage.loggers import MetricsFile, read_metrics
+from stage.loggers import MetricsFile, best_by, read_metrics
 from stage.module import StageModule
 from stage.training_checkpoint import read_training_checkpoint
 from stage.whole_files import atomic_write
@@ -168,13 +168,13 @@ def test_rows_are_spread_over_the_prompt_file(tmp_path: Path, prompt_file: str) 
 class Score(Callback):
     """Plays a validation that finds the given scores, one an update."""
 
-    def __init__(self, *scores: float | None) -> None:
-        self.scores = scores
+    def __init__(self, *scores: float | None, name: str = "validation/strict") -> None:
+        self.scores, self.name = scores, name
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         score = self.scores[pl_module.update - 1]
         if score is not None:
-            pl_module.latest["validation/strict"] = score
+            pl_module.latest[self.name] = score
 
 
 def test_best_is_the_highest_score_and_last_the_last(base: Path, tmp_path: Path) -> None:
@@ -184,6 +184,27 @@ def test_best_is_the_highest_score_and_last_the_last(base: Path, tmp_path: Path)
     assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert read_training_checkpoint(folder / "best.ckpt")["update"] == 2
     assert read_training_checkpoint(folder / "last.ckpt")["update"] == 4
+
+
+def test_a_reward_without_a_strict_part_has_a_best_checkpoint_too(base: Path, tmp_path: Path) -> None:
+    played = Score(0.2, 0.6, 0.4, name="validation/reward")
+    fit(tmp_path, tiny_module(base, updates=3), [checkpoints(tmp_path, every=3), played])
+    assert read_training_checkpoint(tmp_path / "checkpoints" / "best.ckpt")["update"] == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "monitor", "found"),
+    [
+        ({"validation/strict": 0.1, "validation/reward": 0.9}, "validation/strict", 0.1),
+        ({"validation/reward": 0.9}, "validation/strict", 0.9),
+        ({"validation/reward": 0.9}, "reward/mean", None),
+        ({"reward/mean": 0.9}, "validation/strict", None),
+    ],
+)
+def test_what_the_best_checkpoint_is_chosen_by(
+    row: dict[str, float], monitor: str, found: float | None
+) -> None:
+    assert best_by(row, monitor) == found
 
 
 def test_best_is_remembered_over_a_resume(base: Path, tmp_path: Path) -> None:

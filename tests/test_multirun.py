@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -297,6 +298,22 @@ def test_a_search_proposes_and_finds_again(sweep: Any, tmp_path: Path) -> None:
     assert sorted(folder.name for folder in (tmp_path / "out").glob("optimizer.lr=*")) == rates
     dying = sweep(*words[:2], "hydra.sweeper.n_trials=2", "hydra.sweep.dir=dead", "seed=2")
     assert dying.returncode == 1 and "1 of 2 runs died: optimizer.lr=0.7" in dying.stderr
+
+
+@pytest.mark.parametrize(
+    ("columns", "score"),
+    [
+        ("validation/strict,validation/reward", 0.2),
+        ("validation/reward,reward/mean", 0.2),
+        ("reward/mean,x", None),
+    ],
+)
+def test_what_a_search_seeks_is_what_the_best_checkpoint_is_chosen_by(
+    tmp_path: Path, columns: str, score: float | None
+) -> None:
+    (tmp_path / "metrics.csv").write_text(f"update,{columns}\n0,0.1,0.5\n1,0.2,0.6\n2,,\n")
+    found = multirun.last_score(task(tmp_path))
+    assert (None if math.isnan(found) else found) == score
 
 
 def test_a_signal_reaches_the_job_first(tmp_path: Path) -> None:

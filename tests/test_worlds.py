@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from stage.worlds import with_world
@@ -32,7 +33,16 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
     ],
 )
 def test_what_is_added(given: list[str], added: list[str]) -> None:
-    assert with_world(given, CONF / "worlds.yaml") == given + added
+    asked = with_world(given, CONF / "worlds.yaml")
+    assert [word for word in asked if word not in given] == added
+    assert [word for word in asked if word in given] == given
+
+
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["--cfg", "job", "--resolve"], ["-m"]], ids=" ".join)
+def test_hydra_reads_what_is_added_before_flags(flags: list[str]) -> None:
+    asked = with_world(["reward=ocr", "updates=40", *flags], CONF / "worlds.yaml")
+    read = get_args_parser().parse_args(asked)
+    assert sorted(read.overrides) == ["data=signs", "model=tiny_text", "reward=ocr", "updates=40"]
 
 
 @pytest.mark.parametrize("reward", OmegaConf.load(CONF / "worlds.yaml"))

@@ -6,7 +6,7 @@
                        those of the fifth prompt
     own                FOLDER/manifest.jsonl and FOLDER/images/, as evaluate.py leaves them
 
-Sources: djghosh13/geneval generation/diffusers_generate.py, Karine-Huang/T2I-CompBench inference_eval.py,
+Sources: djghosh13/geneval generation/diffusers_generate.py, Karine-Huang/T2I-CompBench GORS_finetune/inference_eval.py,
 krennic999/STAGE src/grpo/src/infer/. Where a benchmark has several splits, or rows such as HPSv2's styles, FOLDER may
 hold a folder for each. Every planned image must be there and readable, and no other; all faults are told at once.
 """

@@ -15,7 +15,7 @@ class WeightUse:
     """Means over the tokens of groups that teach, those with an advantage other than 0.
 
     similarity: mean s, in [-1, 1].
-    weight: mean w, in [0, 1]; since their sum divides, only its spread acts.
+    weight: mean w, in [0, 1]; where their sum divides, as in algorithm=stage, only its spread acts.
     effective: (Σ w)² / (n Σ w²), the share of the tokens that as many equal weights would stand for (Kish 1965).
     kl_weight: mean m, in [0.5, 1]. freed: share of the tokens with m below 1, which are held less than others.
     same_everywhere: share of the tokens that all samples of their group drew alike.

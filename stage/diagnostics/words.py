@@ -68,9 +68,10 @@ def _weights(
         yield f"| pull that the weights move to other tokens | {pull['moved']:.0%} |"
     yield ""
     yield (
-        "m falls below 1 only where s is below 0, so the KL weights act on no other tokens. The sum of w divides the "
-        "policy term, so w moves the gradient between tokens and does not shrink it. The pull of a token is "
-        "|A| (1 - p): from one that was certain anyway nothing is learned, whatever its weight."
+        "With the numbers of the paper m falls below 1 only where s is below 0, so the KL weights act on no other "
+        "tokens. Where the sum of w divides the policy term, as in algorithm=stage, w moves the gradient between "
+        "tokens and does not shrink it. The pull of a token is |A| (1 - p): from one that was certain anyway nothing "
+        "is learned, whatever its weight."
     )
 
 

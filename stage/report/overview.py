@@ -12,14 +12,15 @@ from stage.report.tables import number
 from stage.report.variants import Variant
 
 PUBLISHED = "package://stage/benchmarks/assets/published.json"
-# Switches of an algorithm (advantage weights, KL weights, entropy reward, KL) to a row of the paper's tables.
+# Switches of an algorithm (advantage weights, KL weights, entropy reward, KL) to a row of the paper's tables. Without
+# KL there is none to weigh, whatever the second says.
 PAPER = {
     (False, False, False, True): ("geneval", "GRPO"),
     (True, True, True, True): ("geneval", "STAGE"),
     (False, False, True, True): ("geneval_ablation", "STAGE without reweighting"),
     (True, True, False, True): ("geneval_ablation", "STAGE without entropy reward"),
-    (True, True, True, False): ("geneval_ablation", "STAGE without KL"),
-    (True, True, False, False): ("geneval_ablation", "STAGE without entropy reward and KL"),
+    (True, False, True, False): ("geneval_ablation", "STAGE without KL"),
+    (True, False, False, False): ("geneval_ablation", "STAGE without entropy reward and KL"),
 }
 # What fills the slots of the paper's method; a critical_tokens or a penalty has no class there.
 PLAIN = {
@@ -78,11 +79,12 @@ def paper_score(variant: Variant) -> float | None:
     }
     if any(target and target != PLAIN[slot] for slot, target in targets.items()):
         return None
+    held = algorithm.get("beta") != 0
     switches = (
         bool(algorithm["reweight_advantage"]),
-        bool(algorithm["reweight_kl"]),
+        bool(algorithm["reweight_kl"]) and held,
         algorithm["entropy_coefficient"] != 0,
-        algorithm.get("beta") != 0,
+        held,
     )
     if switches not in PAPER:
         return None

@@ -57,8 +57,8 @@ def similarity(target: str, lines: Sequence[str]) -> float:
 class OcrReward:
     """The reward `ocr` of the STAGE release and of Flow-GRPO, for any engine that reads text.
 
-    Sources: krennic999/STAGE src/utils/reward_ocr.py, yifan123/flow_grpo flow_grpo/ocr.py (`OcrScorer`), which are the
-    same arithmetic on PaddleOCR 2 with English PP-OCRv3 and v4 models. Departures:
+    Sources: krennic999/STAGE src/grpo/src/utils/reward_ocr.py, yifan123/flow_grpo flow_grpo/ocr.py (`OcrScorer`), which
+    are the same arithmetic on PaddleOCR 2 with English PP-OCRv3 and v4 models. Departures:
 
     1. An engine that fails is an error; there it is a reward of 0, with a line in the console.
     2. Typographic double quotes count, and the first of either kind is taken. Single quotes are none here either.

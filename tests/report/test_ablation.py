@@ -21,6 +21,7 @@ from stage.report.statistics import paired
 from stage.report.variants import counterpart, fault, find_variants
 from tests.report.example import write_config, write_metrics, write_picture, write_results
 from tests.report.test_page import HOSTILE, check_self_contained
+from tests.test_conf import composed
 
 SCORES = {"grpo": (0.52, 0.50, 0.54), "stage": (0.60, 0.56, 0.65)}
 
@@ -226,6 +227,29 @@ def test_the_papers_numbers_stand_beside_the_same_switches(tmp_path: Path) -> No
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(other), target), other)
     (variant,), _ = find_variants([read_run(other.parent)], None)
     assert paper_score(variant) is None
+
+
+@pytest.mark.parametrize(
+    ("experiment", "printed"),
+    [
+        ("tiny_grpo", 0.86),
+        ("tiny_stage", 0.88),
+        ("tiny_entropy", 0.87),
+        ("tiny_reweight_both", 0.86),
+        ("tiny_without_kl", 0.87),
+        ("tiny_without_entropy_and_kl", 0.81),
+        ("tiny_reweight_kl", None),
+        ("without_kl", None),
+    ],
+)
+def test_the_rows_of_the_papers_ablation_are_those_of_its_experiments(
+    tmp_path: Path, experiment: str, printed: float | None
+) -> None:
+    file = write(tmp_path, "grpo", 0) / "config.yaml"
+    algorithm = composed("train", f"experiment={experiment}").algorithm
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), {"algorithm": algorithm}), file)
+    (variant,), _ = find_variants([read_run(tmp_path)], None)
+    assert paper_score(variant) == printed
 
 
 def test_published_tables_stand_beside_ours(tmp_path: Path) -> None:
