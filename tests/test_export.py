@@ -15,8 +15,9 @@ from transformers import JanusForConditionalGeneration
 
 from stage import export
 from stage.model_card import model_card
+from stage.policy.forms import MULTI_MODALITY
 from stage.policy.janus import JanusPolicy, load_policy
-from stage.policy.layout import MULTI_MODALITY, open_folder
+from stage.policy.layout import open_folder
 from stage.policy.lora import Lora
 from stage.policy.sampler import Sampler
 from stage.policy.weights import Weights
