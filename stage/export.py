@@ -20,9 +20,14 @@ FORMS = ("merged", "adapter")
 LAYOUTS = ("transformers", "multi_modality")
 USAGE = {
     "transformers": (
-        "from transformers import JanusForConditionalGeneration, JanusProcessor\n\n"
+        "from PIL import Image\nfrom transformers import JanusForConditionalGeneration, JanusProcessor\n\n"
         'model = JanusForConditionalGeneration.from_pretrained("FOLDER", dtype="auto")\n'
-        'processor = JanusProcessor.from_pretrained("FOLDER")'
+        'processor = JanusProcessor.from_pretrained("FOLDER")\n\n'
+        'words = processor(text="a photo of a red circle", generation_mode="image", return_tensors="pt")\n'
+        "# with the guidance of generation_config.json; what training sampled with stands under Origin\n"
+        'tokens = model.generate(**words, generation_mode="image", do_sample=True)\n'
+        "pixels = model.decode_image_tokens(tokens)[0].float().clamp(-1, 1)  # [H, W, 3]\n"
+        'Image.fromarray(((pixels + 1) * 127.5).round().byte().numpy()).save("image.png")'
     ),
     "multi_modality": (
         "# with the code of deepseek-ai/Janus\n"

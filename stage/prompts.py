@@ -16,6 +16,7 @@ evaluation asks in these words. Differences from that file:
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,23 @@ def write(config: DictConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as temporary:
         temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    for tag, missing in short.items():
-        print(f"{tag} has {missing} prompts less than its share: all there are outside of the excluded lists")
+    print("\n".join(told(lines, short, excluded, launch.short(output))), flush=True)
+
+
+def told(lines: Sequence[Line], short: Mapping[str, int], excluded: set[str], file: str) -> list[str]:
+    """What was written and what was left out, in sentences; the tasks that ran out first."""
+    found = Counter(line["tag"] for line in lines)
+    said = [
+        f"{tag}: {found[tag]} prompts in place of the {found[tag] + missing} of its share, which is every one of its "
+        f"{TASKS[tag][0]} that no excluded list asks for"
+        for tag, missing in short.items()
+    ]
     pictures = sum(fingerprint.startswith("picture") for fingerprint in excluded)
-    print(f"{len(lines)} prompts in {launch.short(output)}; {pictures} pictures excluded", flush=True)
+    out = (
+        f"; none asks for one of the {pictures} different pictures of the excluded lists" if pictures else ""
+    )
+    tasks = ", ".join(f"{tag} {count}" for tag, count in found.items())
+    return [*said, f"{len(lines)} prompts in {file} ({tasks}){out}"]
 
 
 @hydra.main(config_path="../conf", config_name="prompts", version_base="1.3")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
 from stage import export
 from stage.model_card import model_card
+from stage.policy.forms import MULTI_MODALITY
 from stage.policy.janus import JanusPolicy, load_policy
-from stage.policy.layout import MULTI_MODALITY, open_folder
+from stage.policy.layout import open_folder
 from stage.policy.lora import Lora
 from stage.policy.sampler import Sampler
 from stage.policy.weights import Weights
@@ -120,6 +124,18 @@ def test_the_exported_model_is_the_trained_policy(
         assert not loaded[1]["missing_keys"] and not loaded[1]["unexpected_keys"]
     # A second time would overwrite it.
     assert "exists" in str(run(monkeypatch, *arguments))
+
+
+def test_the_program_of_the_card_draws_an_image(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "exported"
+    assert run(monkeypatch, f"checkpoint={world.checkpoint}", f"output={output}") is None
+    program = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    command = [sys.executable, "-c", program.replace("FOLDER", str(output))]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.mode == "RGB" and image.width == image.height
 
 
 def test_the_adapter_alone(world: World, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

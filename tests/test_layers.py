@@ -82,7 +82,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.detectors": ("mmdet_settings", "*", "paddle_models mask2former mmdet clip_colors"),
     "stage.policy": (
-        "padding plan_layout names attention draws variation compiled_decode flat_gather "
+        "forms padding plan_layout names attention draws variation compiled_decode flat_gather "
         "triton_linear triton_decode triton_draw graph_recorder",
         "template architecture weights",
         "layout text",
@@ -124,6 +124,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     ),
     "stage.pack": ("plan", "pool thin", "archive", "__main__"),
     "stage.speed": (
+        "sizes",
         "models machine scorers plain_scores saves",
         "rollout rewards evaluation",
         "plain_step",

@@ -139,8 +139,10 @@ def test_the_program_writes_a_list_that_loads(tmp_path: Path, root: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "counting has 60 prompts less than its share: all there are outside of the excluded lists",
-        "280 prompts in new/train.jsonl; 200 pictures excluded",
+        "counting: 40 prompts in place of the 100 of its share, which is every one of its 240 that no excluded list "
+        "asks for",
+        "280 prompts in new/train.jsonl (position 140, counting 40, color_attr 60, colors 20, two_object 20); none "
+        "asks for one of the 200 different pictures of the excluded lists",
     ]
     assert len(read_prompts(tmp_path / "new" / "train.jsonl")) == 280
 
@@ -149,7 +151,7 @@ def test_the_evaluation_is_left_out_without_its_list(tmp_path: Path, root: Path,
     """By default the 552 pictures that 553 prompts ask for are left out, here where everything there is is taken."""
     done = program(tmp_path, root, "output=train.jsonl", "count=30000", "shares.single_object=1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("prompts in train.jsonl; 552 pictures excluded")
+    assert done.stdout.splitlines()[-1].endswith("one of the 552 different pictures of the excluded lists")
     # all 80 single objects are evaluated; of 240 counts and 790 colours what is not
     tags = Counter(prompt.metadata["tag"] for prompt in read_prompts(tmp_path / "train.jsonl"))
     assert tags["single_object"] == 0 and tags["counting"] == 240 - 80 and tags["colors"] == 790 - 94

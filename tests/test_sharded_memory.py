@@ -16,7 +16,8 @@ from stage.forecast import workload
 from stage.memory import FLOAT, SLACK, Reference, Workload, shape_of
 from stage.sharded_memory import sharded_parts, sharded_peak, slices_of
 from stage.speed.distributed import Run, module_of
-from stage.speed.models import LANGUAGE, build_policy
+from stage.speed.models import build_policy
+from stage.speed.sizes import LANGUAGE
 from stage.speed.training import FROZEN
 from tests.allocations import most_bytes
 from tests.processes import run

@@ -10,16 +10,18 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, JanusForConditionalGeneration
+from typing import TYPE_CHECKING, Any
 
 from stage.paths import model_folder
-from stage.policy.convert import convert
-from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS, ModelFolder, open_folder
-from stage.policy.text import generation_config, read_image_processor, read_tokenizer
-from stage.policy.weights import SHARD_BYTES
+from stage.policy.forms import MULTI_MODALITY, SHARD_BYTES, TRANSFORMERS
+
+# torch and transformers take seconds; they are imported where they are used, so that `--help` and a mistyped option
+# answer at once.
+if TYPE_CHECKING:
+    import torch
+    from transformers import JanusForConditionalGeneration
+
+    from stage.policy.layout import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Checkpoint:
 
 def resolve_dtype(name: str) -> torch.dtype:
     """`float32` to `torch.float32`. Raises ValueError for anything but a floating-point type of torch."""
+    import torch
+
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
@@ -60,6 +64,11 @@ def read_checkpoint(
     Raises FileNotFoundError for a missing folder or file, ValueError for a file of another model, a damaged file, a
     tokenizer without the image tokens, or weights that do not fill the model.
     """
+    from transformers import GenerationConfig
+
+    from stage.policy.layout import open_folder
+    from stage.policy.text import generation_config, read_image_processor, read_tokenizer
+
     folder = model_folder(path, revision, subfolder)
     source = open_folder(folder)
     words = folder if tokenizer is None else model_folder(tokenizer)
@@ -95,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.shard_mb < 1:
         parser.error(f"--shard-mb must be at least 1; got {given.shard_mb}")
+    from stage.policy.convert import convert
+
     # What a job scheduler sends must clean up as Ctrl-C does; the status is the one that a shell reports.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

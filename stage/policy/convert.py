@@ -24,11 +24,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from stage.policy.architecture import original_config
+from stage.policy.forms import MULTI_MODALITY, SHARD_BYTES, TRANSFORMERS
 from stage.policy.layout import (
     EMBEDDING,
     HEAD,
-    MULTI_MODALITY,
-    TRANSFORMERS,
     Faults,
     ModelFolder,
     open_folder,
@@ -36,7 +35,6 @@ from stage.policy.layout import (
 from stage.policy.names import Shape, join, original_shapes, to_transformers, unread_shapes
 from stage.policy.text import TOKENIZER_FILES, write_for_the_original, write_for_transformers
 from stage.policy.weights import (
-    SHARD_BYTES,
     Weights,
     plan_shards,
     write_index,

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
 
 from stage.policy.architecture import transformers_config
+from stage.policy.forms import MULTI_MODALITY, TRANSFORMERS
 from stage.policy.names import (
     Shape,
     Shapes,
@@ -30,7 +31,6 @@ from stage.policy.names import (
 )
 from stage.policy.weights import Stored, Weights, read_json, require
 
-TRANSFORMERS, MULTI_MODALITY = "transformers", "multi_modality"
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 LISTED = 20  # names of a kind that a message prints
 # Fields of config.json that have transformers fetch and run code of a hub, wherever they stand.

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from stage.policy.names import Shape
 
-SHARD_BYTES = 2 * 2**30
 # What a folder can hold, the first that is there counts: one file, or an index of shards.
 KINDS = ("model.safetensors", "pytorch_model.bin")
 _TYPES = {

@@ -10,11 +10,12 @@ from stage.report.compare import over_seeds
 from stage.report.overview import overview
 from stage.report.scores import Score, cost_scores, evaluated_scores, not_evaluated, training_scores
 from stage.report.sources import read_sources
-from stage.report.statistics import Difference, holm, paired
+from stage.report.statistics import Difference, holm, paired, quantile
 from stage.report.tables import Cell, cell
 from stage.report.variants import Finding, Variant, counterpart, find_variants
 
 LEVEL = 0.05
+FEW = 3  # seeds, below which a reader is warned of intervals
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,22 @@ def ablate(sources: Sequence[str], baseline: str | None) -> Ablation:
     tables = [score_table(score, variants) for score in scores]
     return Ablation(
         variants=variants,
-        findings=[*named, *findings, *others, *not_evaluated(variants)],
+        findings=[*named, *findings, *few_seeds(variants), *others, *not_evaluated(variants)],
         tables=tables,
         overview=overview(variants, [*scores, *cost_scores(variants)]),
     )
+
+
+def few_seeds(variants: Sequence[Variant]) -> list[Finding]:
+    """Variants of one seed or two, from which no difference can be told, whatever the means look like."""
+    few = [f"{variant.label} has {len(variant.seeds)}" for variant in variants if len(variant.seeds) < FEW]
+    if not few:
+        return []
+    text = (
+        f"{', '.join(few)}. One seed has no interval, and that of two reaches {quantile(2):.1f} standard errors to "
+        f"either side, where that of five reaches {quantile(5):.1f}: means of so few tell no difference yet"
+    )
+    return [Finding("few seeds", text)]
 
 
 def score_table(score: Score, variants: Sequence[Variant]) -> ScoreTable:

@@ -18,7 +18,7 @@ from stage.report.curves import COLORS, Line, comparison_panel
 from stage.report.groups import Group, group_runs
 from stage.report.page import HTML, MARKDOWN, render
 from stage.report.read import Run, read_run
-from stage.report.statistics import estimate
+from stage.report.statistics import spread_estimate
 from stage.report.tables import Cell, cell, markdown
 
 PANELS = (  # title, unit, column of metrics.csv
@@ -104,8 +104,8 @@ def comparison_tables(groups: Sequence[Group]) -> list[ComparisonTable]:
 
 
 def over_seeds(values: Sequence[float], signed: bool, digits: int = 3) -> Cell:
-    """The mean and its Student interval over seeds; one seed has no interval."""
-    found = estimate(values)
+    """The mean and its Student interval over seeds; one seed has no interval, nor have values that are all the same."""
+    found = spread_estimate(values)
     return cell({"mean": found.mean, "low": found.low, "high": found.high}, signed, digits)
 
 

@@ -83,11 +83,20 @@ def evaluated_scores(variants: Sequence[Variant]) -> tuple[list[Score], list[Fin
 
 
 def not_evaluated(variants: Sequence[Variant]) -> list[Finding]:
-    """Runs without an evaluation, where others have one."""
+    """Runs without an evaluation, by name where others have one."""
     runs = [(variant, seed, run) for variant in variants for seed, run in variant.runs.items()]
     lacking = [f"{variant.label}, seed {seed}" for variant, seed, run in runs if not run.evaluations]
-    if not lacking or len(lacking) == len(runs):
+    if not lacking:
         return []
+    if len(lacking) == len(runs):
+        return [
+            Finding(
+                "nothing is evaluated",
+                "the scores are those that training logged, the best of them chosen on the prompts it is measured on; "
+                "`python evaluate.py checkpoint=RUN/checkpoints/last.ckpt` for each run, and this report again, adds "
+                "those of a benchmark",
+            )
+        ]
     return [Finding("not evaluated", f"{'; '.join(lacking)}: only their curves count")]
 
 

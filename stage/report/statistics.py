@@ -34,21 +34,37 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Estimate(mean, None, None, n)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(values))
+    half = quantile(n) * float(stats.sem(values))
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def quantile(n: int) -> float:
+    """How many standard errors the interval of `n` values, at least two, reaches to either side."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+
+
+def spread_estimate(values: Sequence[float]) -> Estimate:
+    """As `estimate`, without bounds where all values are the same: an interval of no width would claim certainty."""
+    found = estimate(values)
+    return Estimate(found.mean, None, None, found.n) if _alike(values) else found
+
+
+def _alike(values: Sequence[float]) -> bool:
+    return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.max(np.abs(values)))))
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Values minus baseline over the seeds that both have; None where there is no such seed.
 
-    p is None for fewer than two seeds and for differences that are all the same, whose spread a test cannot know.
+    p and interval are None for fewer than two seeds and for differences that are all the same, whose spread a test
+    cannot know.
     """
     seeds = [seed for seed in values if seed in baseline]
     if not seeds:
         return None
     gaps = [values[seed] - baseline[seed] for seed in seeds]
-    found = estimate(gaps)
-    if found.n < 2 or np.ptp(gaps) <= 1e-12 * max(1.0, float(np.max(np.abs(gaps)))):
+    found = spread_estimate(gaps)
+    if found.low is None:
         return Difference(found, None)
     return Difference(found, float(stats.ttest_1samp(gaps, 0.0).pvalue))
 

@@ -7,27 +7,30 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from stage.speed.sizes import LANGUAGE, REWARDS
 
-from stage.speed.evaluation import measure_drawing, measure_scorers
-from stage.speed.machine import bandwidth, describe
-from stage.speed.models import LANGUAGE
-from stage.speed.rewards import REWARDS, measure_rewards
-from stage.speed.rollout import measure_rollouts
-from stage.speed.training import measure_steps
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path("experiments/results")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    device = torch.device(options.device)
+    # From here on the work, whose imports take seconds: `--help` and a mistyped option need none of them.
+    import torch
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.cache is not None:
         # Triton keeps compiled kernels here; unset, it is ~/.triton/cache.
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if options.rewards is not None:
+        from stage.speed.machine import describe
+        from stage.speed.rewards import measure_rewards
+
         rows = measure_rewards(
             options.rewards or list(REWARDS), options.reward_images, device, options.reward_shapes == "tiny"
         )
@@ -36,21 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.evaluation is not None:
         evaluate(options, device, dtype)
         return
+    write(options.output or RESULTS / "speed", rollouts_and_steps(options, device, dtype))
+
+
+def rollouts_and_steps(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, object]:
+    """What is measured unless another thing is asked for."""
+    from stage.speed.machine import bandwidth, describe
+    from stage.speed.rollout import measure_rollouts
+    from stage.speed.training import measure_steps
+
     speed = bandwidth(device)
     rows, checks = measure_rollouts(
         options.models, options.images, device, dtype, speed, options.baseline_tokens
     )
-    found: dict[str, object] = {
+    return {
         "machine": describe(device) | {"bandwidth_tb_per_second": speed / 1e12, "dtype": str(dtype)},
         "rollout": rows,
         "checks": checks,
         "training": measure_steps(options.models, options.step_images, device, dtype),
     }
-    write(options.output or RESULTS / "speed", found)
 
 
 def evaluate(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """What `--evaluation` asks for; what was measured is written before the scorers are built."""
+    from stage.speed.evaluation import measure_drawing, measure_scorers
+    from stage.speed.machine import describe
+
     output = options.output or RESULTS / "evaluation"
     found: dict[str, object] = {"machine": describe(device) | {"dtype": str(dtype)}}
     found["evaluation"] = measure_drawing(
@@ -66,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", choices=list(LANGUAGE), default=["1b", "7b"])
     made.add_argument("--images", nargs="+", type=int, default=[8, 16, 32, 64, 128], help="images a rollout")
     made.add_argument("--step-images", type=int, default=8, help="images a training step")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--device", default=None, help="cuda where there is one, else cpu")
     made.add_argument(
         "--baseline-tokens",
         type=int,

@@ -38,9 +38,10 @@ from stage.policy.lora import add_lora
 from stage.policy.sampler import Sampler
 from stage.processes import started
 from stage.speed.machine import describe
-from stage.speed.models import LANGUAGE, SHIPPED, build_policy, shipped_prompts, speed_prompts
+from stage.speed.models import build_policy, shipped_prompts, speed_prompts
 from stage.speed.rollout import GUIDANCE
 from stage.speed.saves import Saves
+from stage.speed.sizes import LANGUAGE, SHIPPED
 from stage.speed.training import ADAM, FROZEN, LORA, brightness, stage_objective
 from stage.strategy import Replicated, Sharded
 from stage.types import Prompt

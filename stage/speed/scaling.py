@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from stage.speed.models import LANGUAGE, SHIPPED
+from stage.speed.sizes import LANGUAGE, SHIPPED
 
 LIMIT = 1800  # seconds for one run
 

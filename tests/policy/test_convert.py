@@ -19,7 +19,8 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 from stage.policy import convert as conversion
 from stage.policy.checkpoint import load_model, main, read_checkpoint
 from stage.policy.convert import convert
-from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS, open_folder
+from stage.policy.forms import MULTI_MODALITY, TRANSFORMERS
+from stage.policy.layout import open_folder
 from stage.policy.weights import Weights, plan_shards
 from tests.policy.conftest import load
 from tests.policy.tiny_model import build_tiny_janus, tiny_config

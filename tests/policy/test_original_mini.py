@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stage.policy.checkpoint import load_model
 from stage.policy.convert import convert
+from stage.policy.forms import MULTI_MODALITY, TRANSFORMERS
 from stage.policy.janus import JanusPolicy
-from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS, open_folder
+from stage.policy.layout import open_folder
 from stage.policy.sampler import Sampler
 from stage.types import PromptTokens
 from tests.policy.conftest import PLAIN

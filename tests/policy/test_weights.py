@@ -19,7 +19,7 @@ from transformers import JanusForConditionalGeneration
 from stage.policy import weights
 from stage.policy.checkpoint import read_checkpoint
 from stage.policy.convert import UNFINISHED, convert, new_folder
-from stage.policy.layout import MULTI_MODALITY, TRANSFORMERS
+from stage.policy.forms import MULTI_MODALITY, TRANSFORMERS
 from stage.policy.weights import save_tensors
 from tests.policy.conftest import load
 from tests.policy.tiny_model import build_tiny_janus, tiny_config

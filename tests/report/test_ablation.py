@@ -127,7 +127,8 @@ def test_a_run_that_diverged_counts_in_no_mean(tmp_path: Path, cell: str) -> Non
 def test_a_seed_that_one_variant_lacks_is_named_and_not_paired(tmp_path: Path) -> None:
     sources = [source for source in grid(tmp_path) if not source.endswith("stage/seed_2")]
     found = ablate(sources, None)
-    assert [finding.text for finding in found.findings] == ["stage lacks 2 of 0, 1, 2"]
+    assert kinds(found) == ["missing seeds", "few seeds"]
+    assert found.findings[0].text == "stage lacks 2 of 0, 1, 2"
     row = found.tables[0].rows[1]
     assert row.difference is not None and row.difference.mean == pytest.approx((0.08 + 0.06) / 2)
 
@@ -170,6 +171,20 @@ def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
     found = ablate(sources, None)
     assert kinds(found) == ["not evaluated"] and "stage, seed 3" in found.findings[0].text
     assert found.tables[0].rows[1].seeds == (0, 1, 2)
+
+
+def test_without_any_evaluation_that_is_said(tmp_path: Path) -> None:
+    names = [(name, seed) for name in ("grpo", "stage") for seed in range(3)]
+    found = ablate([str(write(tmp_path / f"{name}_{seed}", name, seed, None)) for name, seed in names], None)
+    assert kinds(found) == ["nothing is evaluated"] and "python evaluate.py" in found.findings[0].text
+
+
+def test_two_seeds_are_said_to_be_few(tmp_path: Path) -> None:
+    """Student's 97.5 % quantile is 12.706 for one degree of freedom, 2.776 for four."""
+    found = ablate([source for source in grid(tmp_path) if not source.endswith("seed_2")], None)
+    assert kinds(found) == ["few seeds"]
+    text = found.findings[0].text
+    assert text.startswith("grpo has 2, stage has 2. ") and "12.7 standard errors" in text and "2.8" in text
 
 
 def test_an_evaluation_of_other_prompts_is_left_out(tmp_path: Path) -> None:

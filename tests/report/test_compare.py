@@ -173,7 +173,7 @@ def test_what_an_older_version_did_not_know_is_off(tmp_path: Path) -> None:
 def test_one_seed_has_no_interval() -> None:
     assert over_seeds([0.5], signed=False).interval == ""
     same = over_seeds([0.5, 0.5, 0.5], signed=False)
-    assert (same.low, same.high) == (0.5, 0.5)
+    assert (same.interval, same.low, same.high) == ("", None, None)
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:

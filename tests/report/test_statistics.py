@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stage.report.statistics import estimate, holm, paired
+from stage.report.statistics import estimate, holm, paired, spread_estimate
 
 
 def test_three_values_by_hand() -> None:
@@ -41,6 +41,15 @@ def test_where_there_is_nothing_to_test() -> None:
     assert alone is not None and alone.estimate.mean == 0.25 and alone.p is None
     same = paired({1: 0.5, 2: 0.6}, {1: 0.4, 2: 0.5})
     assert same is not None and same.p is None
+
+
+def test_values_that_are_all_the_same_have_no_interval_of_no_width() -> None:
+    """Two seeds of one score would otherwise read as certain, and a difference of theirs would be coloured as one."""
+    found = spread_estimate([0.493, 0.493])
+    assert (found.mean, found.low, found.high, found.n) == (0.493, None, None, 2)
+    assert spread_estimate([1.0, 2.0, 3.0]) == estimate([1.0, 2.0, 3.0])
+    same = paired({1: 0.5, 2: 0.6}, {1: 0.4, 2: 0.5})
+    assert same is not None and same.estimate.low is None and same.estimate.high is None
 
 
 def test_holm_by_hand() -> None:

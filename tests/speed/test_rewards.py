@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stage.speed import sizes
 from stage.speed.__main__ import main
 from stage.speed.rewards import REWARDS, measure_reward
 from stage.speed.scorers import DETECTIONS, pictures
@@ -40,6 +41,10 @@ def test_the_command_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert row["reward"] == "git" and row["images"] == 8
     assert "| git | 8 | float32 |" in (tmp_path / "rewards.md").read_text()
     assert "## rewards" in capsys.readouterr().out
+
+
+def test_the_command_line_knows_the_rewards_that_are_measured() -> None:
+    assert tuple(REWARDS) == sizes.REWARDS
 
 
 def test_pictures_are_whole_groups() -> None:
