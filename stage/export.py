@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 FORMS = ("merged", "adapter")
 LAYOUTS = ("transformers", "multi_modality")
+LEAST_GUIDANCE = (
+    1.0001  # that transformers' generate draws an image with; logits differ from those of 1 by 1e-4 of a gap
+)
 USAGE = {
     "transformers": (
         "from PIL import Image\nfrom transformers import JanusForConditionalGeneration, JanusProcessor\n\n"
         'model = JanusForConditionalGeneration.from_pretrained("FOLDER", dtype="auto")\n'
         'processor = JanusProcessor.from_pretrained("FOLDER")\n\n'
         'words = processor(text="a photo of a red circle", generation_mode="image", return_tensors="pt")\n'
-        "# with the guidance of generation_config.json; what training sampled with stands under Origin\n"
-        'tokens = model.generate(**words, generation_mode="image", do_sample=True)\n'
+        "# {source}\n"
+        "drawn = dict(do_sample=True, guidance_scale={guidance}, temperature={temperature}, top_k=0)\n"
+        'tokens = model.generate(**words, generation_mode="image", **drawn)\n'
         "pixels = model.decode_image_tokens(tokens)[0].float().clamp(-1, 1)  # [H, W, 3]\n"
         'Image.fromarray(((pixels + 1) * 127.5).round().byte().numpy()).save("image.png")'
     ),
@@ -134,6 +138,20 @@ def trained_tensors(subject: Subject) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
 
+def drawing(trained_with: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the program of the card draws with: as training did where that is known, else as Janus is published."""
+    from stage.policy.text import GUIDANCE
+
+    if trained_with is None:
+        return {"source": "as Janus is published", "guidance": GUIDANCE, "temperature": 1.0}
+    sampler = trained_with["sampler"]
+    guidance, temperature = float(sampler["guidance_scale"]), float(sampler["temperature"])
+    if guidance > LEAST_GUIDANCE:
+        return {"source": "as training drew", "guidance": guidance, "temperature": temperature}
+    source = "as training drew, without guidance; generate has none of exactly 1"
+    return {"source": source, "guidance": LEAST_GUIDANCE, "temperature": temperature}
+
+
 def write_card(subjects: Subjects, subject: Subject, folder: Path, form: str, layout: str, title: str) -> str:
     """README.md beside the model; returns in words what the folder holds."""
     from stage.model_card import find_results, model_card
@@ -151,7 +169,7 @@ def write_card(subjects: Subjects, subject: Subject, folder: Path, form: str, la
         trained_with=subjects.trained_with,
         reward=subjects.reward,
         form=held,
-        usage=USAGE["adapter" if form == "adapter" else layout],
+        usage=USAGE["adapter" if form == "adapter" else layout].format(**drawing(subjects.trained_with)),
         results=find_results(subject.checkpoint or resolve(subject.path), subject.sha256),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -132,10 +132,21 @@ def test_the_program_of_the_card_draws_an_image(
     output = tmp_path / "exported"
     assert run(monkeypatch, f"checkpoint={world.checkpoint}", f"output={output}") is None
     program = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "guidance_scale=2.0, temperature=1.0" in program
     command = [sys.executable, "-c", program.replace("FOLDER", str(output))]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     with Image.open(tmp_path / "image.png") as image:
         assert image.mode == "RGB" and image.width == image.height
+
+
+def test_the_program_of_the_card_draws_as_training_did() -> None:
+    """transformers' generate doubles its rows for guidance, and fails at a scale of exactly 1."""
+    assert export.drawing({"sampler": {"guidance_scale": 5.0, "temperature": 0.7}}) == {
+        "source": "as training drew", "guidance": 5.0, "temperature": 0.7,
+    }  # fmt: skip
+    alone = export.drawing({"sampler": {"guidance_scale": 1.0, "temperature": 1.0}})
+    assert 1 < alone["guidance"] < 1.001 and "without guidance" in alone["source"]
+    assert export.drawing(None)["guidance"] == 5.0
 
 
 def test_the_adapter_alone(world: World, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

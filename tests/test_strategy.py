@@ -134,23 +134,23 @@ def equal_shares(one: list[Any], ranks: list[list[Any]]) -> list[float]:
 def test_what_processes_compare_of_their_settings() -> None:
     """The first process alone knows the folder that it writes to, and what starts with it."""
     config = {
-        "output": "/home/me/outputs/run",
+        "output": "/data/outputs/run",
         "seed": 0,
-        "model": {"path": "/home/me/janus", "freeze": ["lm_head"], "template": {}},
+        "model": {"path": "/data/janus", "freeze": ["lm_head"], "template": {}},
         "logger": {"mode": "offline"},
         "trainer": {
-            "default_root_dir": "/home/me/outputs/run",
+            "default_root_dir": "/data/outputs/run",
             "devices": 2,
             "strategy": {"rollout": "copy"},
         },
         "callbacks": {
             "images": None,
-            "checkpoints": {"folder": "/home/me/outputs/run/checkpoints", "every": 5},
+            "checkpoints": {"folder": "/data/outputs/run/checkpoints", "every": 5},
         },
     }
     assert dict(settings(config)) == {
         "seed": 0,
-        "model.path": "/home/me/janus",
+        "model.path": "/data/janus",
         "model.freeze": ["lm_head"],
         "model.template": {},
         "trainer.devices": 2,
