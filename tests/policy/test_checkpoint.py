@@ -26,7 +26,7 @@ def weights_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **_options: Any) -> None:
         raise AssertionError("the model was built before the folder was checked")
 
-    monkeypatch.setattr("stage.policy.checkpoint.JanusForConditionalGeneration.from_pretrained", fail)
+    monkeypatch.setattr("transformers.JanusForConditionalGeneration.from_pretrained", fail)
 
 
 def edit(file: Path, **fields: Any) -> None:
