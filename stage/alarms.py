@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
+from stage.ranks import PeerError
 from stage.score_checks import UnusableScores
 from stage.whole_files import atomic_write
 
@@ -137,10 +138,13 @@ class UnusableRewards(Callback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        if getattr(exception, "kind", "") == UnusableScores.__name__:  # of another process, which saves them
-            exception.add_note(f"the images that this is about are in {self.folder}")
-        if not isinstance(exception, UnusableScores):
+        if isinstance(exception, UnusableScores):
+            self._save(trainer, pl_module, exception)
+        elif not isinstance(exception, PeerError) or exception.kind != UnusableScores.__name__:
             return
+        exception.add_note(f"the images that this is about are in {self.folder}")
+
+    def _save(self, trainer: Trainer, pl_module: Any, exception: UnusableScores) -> None:
         name = f"update_{pl_module.update + 1:05d}"
         if trainer.world_size > 1:
             name += f"_rank_{trainer.global_rank}"
@@ -152,4 +156,3 @@ class UnusableRewards(Callback):
                 Image.fromarray(image.numpy()).save(temporary, format="PNG")
             lines.append(f"{file.name}: {exception.notes[index]}")
         (self.folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        exception.add_note(f"the images that this is about are in {self.folder}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from stage.benchmarks.published import read_published
 from stage.report.scores import FINAL, Score
-from stage.report.statistics import estimate
+from stage.report.statistics import spread_estimate
 from stage.report.tables import number
 from stage.report.variants import Variant
 
@@ -58,9 +58,9 @@ def _brief(score: Score, label: str) -> str:
     values = list(score.values.get(label, {}).values())
     if not values:
         return ""
-    found = estimate(values)
+    found = spread_estimate(values)
     text = number(found.mean, digits=score.digits)
-    if found.low is None or found.low == found.mean:
+    if found.low is None:
         return text
     return f"{text} ± {number(found.mean - found.low, digits=score.digits)}"
 
