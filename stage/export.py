@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 FORMS = ("merged", "adapter")
 LAYOUTS = ("transformers", "multi_modality")
-LEAST_GUIDANCE = (
-    1.0001  # that transformers' generate draws an image with; logits differ from those of 1 by 1e-4 of a gap
-)
+LEAST_GUIDANCE = 1.0001  # that generate draws with; logits differ from those of 1 by 1e-4 of the gap
 USAGE = {
     "transformers": (
         "from PIL import Image\nfrom transformers import JanusForConditionalGeneration, JanusProcessor\n\n"
@@ -142,9 +140,9 @@ def drawing(trained_with: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the program of the card draws with: as training did where that is known, else as Janus is published."""
     from stage.policy.text import GUIDANCE
 
-    if trained_with is None:
+    sampler = (trained_with or {}).get("sampler", {})
+    if not {"guidance_scale", "temperature"} <= sampler.keys():
         return {"source": "as Janus is published", "guidance": GUIDANCE, "temperature": 1.0}
-    sampler = trained_with["sampler"]
     guidance, temperature = float(sampler["guidance_scale"]), float(sampler["temperature"])
     if guidance > LEAST_GUIDANCE:
         return {"source": "as training drew", "guidance": guidance, "temperature": temperature}

@@ -147,6 +147,7 @@ def test_the_program_of_the_card_draws_as_training_did() -> None:
     alone = export.drawing({"sampler": {"guidance_scale": 1.0, "temperature": 1.0}})
     assert 1 < alone["guidance"] < 1.001 and "without guidance" in alone["source"]
     assert export.drawing(None)["guidance"] == 5.0
+    assert export.drawing({"sampler": {"_target_": "one.of.your.own"}})["guidance"] == 5.0
 
 
 def test_the_adapter_alone(world: World, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
