@@ -20,6 +20,7 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from stage import processes
+from stage.checkpoint_folder import GONE
 from stage.checkpoints import Checkpoints
 from stage.loggers import MetricsFile, read_metrics
 from stage.training_checkpoint import read_training_checkpoint
@@ -154,6 +155,9 @@ def ended(folder: Path, whole: Whole, left: Left) -> dict[str, Any]:
     found = everything(folder)
     if left.saved < max(whole.states):
         return found
+    spare = found.keys() - whole.left.keys()
+    assert all(name.startswith("update_") for name in spare), spare
+    assert all(name.endswith(GONE) for name in found["unfinished"]), found["unfinished"]
     return {name: found[name] for name in whole.left} | {"unfinished": []}
 
 
